@@ -1,0 +1,196 @@
+"""The offline build: from a task to a published index, block by block, resumable.
+
+A block of rows is sketched, rotated, coded and stored; its line in the block log makes it done. After the last block
+come one FAISS index for each step and the total, a measurement of their recall, and the manifest, whose atomic rename
+publishes the index. The same command after a crash finishes what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from .coding import encode, rotate
+from .config import SketchConfig
+from .features import ExampleSketcher
+from .index import EXAMPLES, Index, generation_folder, open_index
+from .manifest import MANIFEST, IndexDamagedError, IndexExistsError, Manifest, Plan, file_digest, write_json
+from .progress import BuildProgress
+from .publication import publish
+from .search import import_faiss
+from .store import CodedExamples, Generation
+from .task import Task, TaskError
+
+PLAN = "plan.json"
+BLOCK_ROWS = 2048
+
+
+def build_index(
+    task: Task,
+    path: str | Path,
+    config: SketchConfig | None = None,
+    *,
+    task_spec: str | None = None,
+    task_arguments: Mapping[str, Any] | None = None,
+    batch_size: int = 32,
+    block_rows: int = BLOCK_ROWS,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Index:
+    """Builds the index of a task's examples, or finishes a build that was cut.
+
+    Args:
+        task: model, checkpoints and examples.
+        path: the index's folder, `NAME.index`.
+        config: of the sketches.
+        task_spec: how the task was named, `path/to/file.py:ClassName`, kept in the index for those who serve it.
+        task_arguments: its constructor's arguments, kept likewise.
+        batch_size: examples in one forward and backward.
+        block_rows: examples in a block, the unit of resumption and of storage.
+        device: a torch device name.
+        progress: whether to draw progress on the terminal.
+
+    Returns:
+        The index, open. A finished index of the same plan is opened as it is.
+
+    Raises:
+        IndexExistsError: the path holds an index of something else; the text names what differs.
+        TaskError: what the task returned breaks its contract.
+        ValueError: the model or its losses can't be attributed.
+    """
+    path = Path(path)
+    import_faiss()  # fail before the work, not after it
+    examples = task.examples()
+    if not len(examples):
+        raise TaskError(f"{type(task).__name__}.examples() is empty; an index needs at least one example")
+    sketcher = ExampleSketcher(task, config, device=device, batch_size=batch_size)
+    table = _example_table(task, len(examples))
+    plan = _plan(task_spec, task_arguments, sketcher, examples, table, task, batch_size, block_rows)
+    if (path / MANIFEST).exists():
+        _refuse_other_plan(path, Manifest.read(path).plan, plan)
+        return open_index(path)
+    folder = _begin(path, plan)
+    generation = Generation(folder, plan)
+    generation.create()
+    with BuildProgress(shown=progress) as bars:
+        _sketch_blocks(generation, sketcher, examples, bars)
+        pyarrow.parquet.write_table(table, folder / EXAMPLES)
+        publish(path, generation, bars)
+    return open_index(path)
+
+
+def _plan(
+    task_spec: str | None,
+    task_arguments: Mapping[str, Any] | None,
+    sketcher: ExampleSketcher,
+    examples: Sequence[Any],
+    table: pa.Table,
+    task: Task,
+    batch_size: int,
+    block_rows: int,
+) -> Plan:
+    probe = sketcher.sketch([examples[row] for row in range(min(2, len(examples)))])
+    ids = hashlib.blake2b("\0".join(table["id"].to_pylist()).encode(), digest_size=16).hexdigest()
+    files = {each.name: Path(each.path) for each in sketcher.checkpoints if each.path is not None}
+    return Plan(
+        fingerprint=sketcher.fingerprint,
+        task_spec=task_spec,
+        task_arguments=dict(task_arguments or {}),
+        loop=task.loop,
+        config=sketcher.config,
+        checkpoints=sketcher.checkpoints,
+        parameters=sketcher.parameters,
+        num_examples=len(examples),
+        num_steps=probe.values.shape[1],
+        examples_digest=ids,
+        checkpoint_digests={name: file_digest(file) for name, file in files.items() if file.is_file()},
+        batch_size=batch_size,
+        block_rows=block_rows,
+    )
+
+
+def _begin(path: Path, plan: Plan) -> Path:
+    """The folder of the generation to build: a new one, or the one that a cut build of the same plan left."""
+    folder = generation_folder(path, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / PLAN).exists():
+        _refuse_other_plan(path, _read_plan(folder / PLAN), plan)
+        for partial in folder.rglob("*.partial"):
+            partial.unlink()
+    else:
+        write_json(folder / PLAN, plan.to_dict())
+    return folder
+
+
+def _refuse_other_plan(path: Path, existing: Plan, plan: Plan) -> None:
+    if differences := existing.differences(plan):
+        raise IndexExistsError(
+            f"{path} already holds an index of something else ({'; '.join(differences)[:2000]}); build to another "
+            "path, or remove that folder"
+        )
+
+
+def _read_plan(file: Path) -> Plan:
+    try:
+        return Plan.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise IndexDamagedError(f"{file} is damaged: {error}; remove the index's folder and build again") from error
+
+
+def _sketch_blocks(
+    generation: Generation, sketcher: ExampleSketcher, examples: Sequence[Any], bars: BuildProgress
+) -> None:
+    plan, finished = generation.plan, generation.finished()
+    done = sum(entry.num_rows for entry in finished.values())
+    bars.begin("sketching examples", plan.num_examples, done=done)
+    for block in range(plan.num_blocks):
+        if block in finished:
+            continue
+        parts = []
+        rows = plan.rows_of(block)
+        for start in range(rows.start, rows.stop, plan.batch_size):
+            batch = range(start, min(start + plan.batch_size, rows.stop))
+            parts.append(_coded_batch(sketcher, [examples[row] for row in batch], plan, start))
+            bars.advance(len(batch))
+        generation.write(block, CodedExamples.joined(parts))
+
+
+def _coded_batch(sketcher: ExampleSketcher, batch: list[Any], plan: Plan, start: int) -> CodedExamples:
+    sketches = sketcher.sketch(batch)
+    if sketches.values.shape[1] != plan.num_steps:
+        raise ValueError(
+            f"the examples from row {start} ran {sketches.values.shape[1]} steps, the first ones ran "
+            f"{plan.num_steps}: all examples of an index must run the same number; fix the task's loop count"
+        )
+    rotated = rotate(sketches.values, plan.config.seed)  # [B, S, W]
+    return CodedExamples(
+        steps=encode(rotated.flatten(0, 1), plan.config.bits),
+        total=encode(rotated.sum(1), plan.config.bits),
+        losses=sketches.losses.numpy(),
+        steps_without_gradient=sketches.steps_without_gradient,
+    )
+
+
+def _example_table(task: Task, count: int) -> pa.Table:
+    """Ids, descriptions and metadata of all examples.
+
+    Raises:
+        TaskError: two examples share an id.
+    """
+    ids = [task.example_id(row) for row in range(count)]
+    if len(set(ids)) < count:
+        twice = next(example_id for example_id, times in Counter(ids).items() if times > 1)
+        rows = [row for row, example_id in enumerate(ids) if example_id == twice]
+        raise TaskError(f"example id {twice!r} is that of rows {rows[:8]}; example_id must give each row its own")
+    columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
+    columns["description"] = pa.array((task.describe(row) for row in range(count)), pa.string())
+    if task.metadata(0):
+        columns["metadata"] = pa.array([dict(task.metadata(row)) for row in range(count)])
+    return pa.table(columns)

@@ -1,0 +1,118 @@
+"""What a user chooses about an index: the loop, the sketch and the checkpoints.
+
+Each class is frozen, validated when made, stored with the index as JSON and compared when it is opened.
+This file knows no torch: a configuration can be read anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+LayerPath = Literal["auto", "product", "fourier"]
+Resolve = Literal["query_step", "train_step", "same_step"]
+
+BITS = (1, 2, 4, 8, 16, 32)
+MIN_WIDTH, MAX_WIDTH = 64, 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Which modules are the loop's body, and which of them begins a step.
+
+    Attributes:
+        body: module names or globs (`"block"`, `"layers.*"`), matched against `model.named_modules()`. Every
+            parameter-owning module at or below a match is captured.
+        marker: name of the module whose every call begins a new step. None: the first module matched by `body` that
+            is entered in a forward.
+    """
+
+    body: Sequence[str]
+    marker: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.body, str):
+            raise TypeError(f'Loop(body={self.body!r}) is one string; write a list: body=["{self.body}"]')
+        body = tuple(self.body)
+        if not body or not all(isinstance(name, str) and name for name in body):
+            raise ValueError(f"Loop body is {list(body)!r}, expected one or more module names or globs")
+        object.__setattr__(self, "body", body)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"body": list(self.body), "marker": self.marker}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Loop:
+        return cls(body=data["body"], marker=data["marker"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    """How gradients are sketched and how finished sketches are stored.
+
+    Attributes:
+        width: floats in a sketch before coding, a power of two. None: exact, unsketched gradients, for tests on small
+            models; such a sketcher can't build an index.
+        bits: stored bits a coordinate, one of 1, 2, 4, 8, 16, 32. At equal bytes, wide and low-bit has the smaller
+            error.
+        seed: of every hash and of the rotation.
+        layer_path: how linear layers are sketched. "auto" lets the planner choose for each layer; the others force
+            one path. The two give the same sketch to rounding.
+    """
+
+    width: int | None = 8192
+    bits: int = 1
+    seed: int = 0
+    layer_path: LayerPath = "auto"
+
+    def __post_init__(self) -> None:
+        if self.width is not None:
+            in_range = MIN_WIDTH <= self.width <= MAX_WIDTH
+            if not in_range or self.width & (self.width - 1):
+                raise ValueError(
+                    f"width is {self.width}, expected a power of two from {MIN_WIDTH} to {MAX_WIDTH} (8192 is the "
+                    "default), or None for exact gradients"
+                )
+        if self.bits not in BITS:
+            raise ValueError(f"bits is {self.bits}, expected one of {', '.join(map(str, BITS))}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**64")
+        if self.layer_path not in get_args(LayerPath):
+            raise ValueError(f"layer_path is {self.layer_path!r}, expected one of {get_args(LayerPath)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SketchConfig:
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One set of the model's weights along its training.
+
+    Attributes:
+        name: unique among a task's checkpoints; part of the key of its hashes.
+        learning_rate: eta of the optimizer at this checkpoint, > 0; influences are weighted by it.
+        path: file or directory of the weights, for the task's own use. Its content is digested into the build's plan
+            when it is a file.
+    """
+
+    name: str
+    learning_rate: float
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("a checkpoint's name is empty; give each checkpoint a unique name")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"checkpoint {self.name!r} has learning_rate {self.learning_rate}, expected a number > 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Checkpoint:
+        return cls(**data)

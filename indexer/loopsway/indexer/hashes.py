@@ -1,0 +1,87 @@
+"""The hash functions of every sketch, and of the rotation before coding: random numbers that never change.
+
+They are drawn in numpy from counter-based Philox streams (Salmon et al. 2011), one for each (seed, checkpoint,
+parameter, role), so that the same key gives the same hash on every device, in every process and release. Only raw
+64-bit words are used: numpy promises that raw streams are stable, and does not promise it of its distributions.
+
+Construction 1: a parameter is a matrix of rows x columns (a vector is one row). Entry (r, c) falls into bucket
+(row_buckets[r] + column_buckets[c]) mod W with sign row_signs[r] * column_signs[c]. Columns are *contiguous*: within a
+segment of W columns, column_buckets[c] = offset + c, so that two columns of a row never collide and a row is added to
+the sketch as one shifted run. Rows, signs and each segment's offset are random, so any other two entries collide with
+probability 1/W: the estimate stays unbiased (Pham and Pagh 2013, with fewer collisions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+CONSTRUCTION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParameterHash:
+    """Where each entry of one parameter's gradient falls in a sketch of `width` buckets.
+
+    Attributes:
+        row_buckets: int64 [R], from 0 to width - 1.
+        row_signs: float32 [R], -1 or +1.
+        column_buckets: int64 [C], from 0 to width - 1.
+        column_signs: float32 [C], -1 or +1.
+        width: number of buckets, a power of two.
+    """
+
+    row_buckets: np.ndarray
+    row_signs: np.ndarray
+    column_buckets: np.ndarray
+    column_signs: np.ndarray
+    width: int
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a parameter of this shape: a matrix keeps its own, anything else is one row."""
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    return 1, int(np.prod(shape, dtype=np.int64))
+
+
+@lru_cache(maxsize=4096)
+def parameter_hash(seed: int, checkpoint: str, parameter: str, shape: tuple[int, ...], width: int) -> ParameterHash:
+    """The hash of one parameter at one checkpoint; the same arguments always give the same arrays."""
+    rows, columns = matrix_shape(shape)
+    row_words = _words(seed, checkpoint, parameter, "rows", count=rows)
+    column_words = _words(seed, checkpoint, parameter, "columns", count=columns)
+    segment_starts = column_words[::width]
+    segment_of = np.arange(columns) // width
+    column_buckets = (_buckets(segment_starts, width)[segment_of] + np.arange(columns)) % width
+    return ParameterHash(
+        row_buckets=_buckets(row_words, width),
+        row_signs=_signs(row_words),
+        column_buckets=column_buckets,
+        column_signs=_signs(column_words),
+        width=width,
+    )
+
+
+def rotation_signs(seed: int, width: int) -> np.ndarray:
+    """Random signs, float32 [W], that make a Walsh-Hadamard transform a random rotation."""
+    return _signs(_words(seed, "", "", "rotation", count=width))
+
+
+def _words(seed: int, checkpoint: str, parameter: str, role: str, *, count: int) -> np.ndarray:
+    """The first `count` 64-bit words of the stream with this key."""
+    text = "\0".join((str(CONSTRUCTION), str(seed), checkpoint, parameter, role))
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    return np.random.Philox(key=key).random_raw(count)
+
+
+def _buckets(words: np.ndarray, width: int) -> np.ndarray:
+    return (words & np.uint64(width - 1)).astype(np.int64)
+
+
+def _signs(words: np.ndarray) -> np.ndarray:
+    """From the top bit, which no bucket uses."""
+    return np.where(words >> np.uint64(63), np.float32(1), np.float32(-1))

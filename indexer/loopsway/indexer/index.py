@@ -1,0 +1,337 @@
+"""A published index, opened for reading: `open_index` and `Index`.
+
+N examples, Q queries, S steps of the index, T steps of a query, W width, n chosen examples, k results of each sign.
+
+This file knows no model: a query comes as sketches. An open index keeps the generation that it opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet
+import torch
+
+from .coding import rotate, variance_factor
+from .config import Checkpoint, Loop, Resolve, SketchConfig
+from .manifest import IndexDamagedError, Manifest
+from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
+from .search import Slot, open_slots
+from .store import Generation
+
+EXAMPLES, FAISS_FOLDER, RECALL = "examples.parquet", "faiss", "recall.json"
+
+TrajectoryResolve = Resolve | Literal["step_matrix"]
+
+
+class UnknownExampleError(LookupError):
+    """No example of this id is in the index."""
+
+
+def open_index(path: str | Path) -> Index:
+    """Opens a finished index for search.
+
+    Raises:
+        IndexNotFoundError: there is none, or it is unfinished.
+        IndexDamagedError: a file is missing, of the wrong size or unreadable.
+    """
+    return Index(Path(path))
+
+
+def generation_folder(path: Path, generation: int) -> Path:
+    return path / "generations" / f"{generation:06d}"
+
+
+class Index:
+    """An index on disk. Make it with `open_index`.
+
+    Thread-safe for reading. Rows of codes are read through memory maps when they are needed.
+
+    Attributes:
+        path: its folder.
+        manifest: what it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = Manifest.read(path)
+        self._folder = generation_folder(path, self.manifest.generation)
+        self._check_files()
+        self._generation = Generation(self._folder, self.manifest.plan)
+        self._slots: dict[int | None, Slot] = open_slots(self._generation)
+        for slot in self._slots.values():
+            slot.load(self._folder / FAISS_FOLDER)
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".index")
+
+    @property
+    def num_examples(self) -> int:
+        return self.manifest.plan.num_examples
+
+    @property
+    def num_steps(self) -> int:
+        return self.manifest.plan.num_steps
+
+    @property
+    def width(self) -> int:
+        return self.manifest.plan.width
+
+    @property
+    def bits(self) -> int:
+        return self.config.bits
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.plan.fingerprint
+
+    @property
+    def config(self) -> SketchConfig:
+        return self.manifest.plan.config
+
+    @property
+    def loop(self) -> Loop:
+        return self.manifest.plan.loop
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self.manifest.plan.checkpoints
+
+    @property
+    def task_spec(self) -> str | None:
+        return self.manifest.plan.task_spec
+
+    @property
+    def task_arguments(self) -> dict[str, Any]:
+        return dict(self.manifest.plan.task_arguments)
+
+    @property
+    def generation(self) -> int:
+        return self.manifest.generation
+
+    @property
+    def created_at(self) -> str:
+        return self.manifest.created_at
+
+    @property
+    def steps_without_gradient(self) -> tuple[int, ...]:
+        return self.manifest.steps_without_gradient
+
+    @property
+    def size_bytes(self) -> int:
+        """On disk, all files of this generation."""
+        return self._generation.size_bytes()
+
+    @cached_property
+    def recall(self) -> dict[str, Any]:
+        """What the build measured of its FAISS indices against a reading of every code."""
+        return json.loads((self._folder / RECALL).read_text(encoding="utf-8"))
+
+    def mean_losses(self) -> np.ndarray:
+        """The examples' mean loss at each checkpoint, [K]."""
+        return np.array(self.manifest.mean_losses)
+
+    def step_norms(self) -> np.ndarray:
+        """Norms of all sketches, float32 [S, N]."""
+        return np.stack([self._slots[step].norms for step in range(self.num_steps)])
+
+    def total_norms(self) -> np.ndarray:
+        """Norms of the sketches summed over steps, float32 [N]."""
+        return self._slots[None].norms
+
+    def example(self, row: int) -> Example:
+        """The example in this row."""
+        table = self._examples
+        metadata = table["metadata"][row].as_py() if "metadata" in table.column_names else {}
+        return Example(id=table["id"][row].as_py(), description=table["description"][row].as_py(), metadata=metadata)
+
+    def row_of(self, example_id: str) -> int:
+        """The row of an example.
+
+        Raises:
+            UnknownExampleError: the id is not in the index.
+        """
+        row = self._rows_by_id.get(example_id)
+        if row is None:
+            raise UnknownExampleError(
+                f"example {example_id!r} is not among the {self.num_examples} of index {self.name}; its ids look like "
+                f"{self._examples['id'][0].as_py()!r}"
+            )
+        return row
+
+    def search(
+        self, query_sketches: Any, k: int = 10, resolve: Resolve = "query_step", steps: Sequence[int] | None = None
+    ) -> Any:
+        """The strongest proponents and opponents of each query, in total and at each step.
+
+        Args:
+            query_sketches: float32 [T, W] or [Q, T, W], as StepSketcher and ExampleSketcher give them.
+            k: examples of each sign, at least 1; fewer are returned where there are no more.
+            resolve: "query_step" (one answer for each step of the query), "train_step" (each step of the training
+                examples) or "same_step".
+            steps: only these; None: all.
+
+        Returns:
+            A Ranking, or a list of Q of them.
+
+        Raises:
+            ValueError: the sketches' shape or values, k, resolve or steps; the text says which.
+        """
+        sketches, single = self._checked(query_sketches)
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        wanted = pairs(resolve, self.num_steps, sketches.shape[1])
+        chosen = _chosen_steps(steps, len(wanted))
+        vectors = self._vectors(sketches)
+        found = self._search_pairs({Pair(None, TOTAL), *(wanted[step] for step in chosen)}, vectors, k)
+        rankings = [
+            Ranking(
+                total=self._influencers(None, *found[Pair(None, TOTAL)][query]),
+                steps=tuple(self._influencers(step, *found[wanted[step]][query]) for step in chosen),
+            )
+            for query in range(len(sketches))
+        ]
+        return rankings[0] if single else rankings
+
+    def trajectories(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+    ) -> np.ndarray:
+        """The influence of chosen examples on each query, step by step.
+
+        Args:
+            query_sketches: float32 [T, W] or [Q, T, W].
+            example_ids: n ids of indexed examples.
+            resolve: as in `search`, or "step_matrix" for every pair of a training step and a query step.
+
+        Returns:
+            float32 [Q, n, T] (train_step: [Q, n, S]); "step_matrix": [Q, n, S, T]. Over query_step it adds up to the
+            total influence.
+
+        Raises:
+            ValueError: as in `search`.
+            UnknownExampleError: an id is not in the index.
+        """
+        return self._trajectories(query_sketches, example_ids, resolve)[0]
+
+    def standard_errors(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+    ) -> np.ndarray:
+        """The standard error of each number of `trajectories`, of the same shape."""
+        return self._trajectories(query_sketches, example_ids, resolve)[1]
+
+    def _trajectories(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve
+    ) -> tuple[np.ndarray, np.ndarray]:
+        sketches, _ = self._checked(query_sketches)
+        rows = np.array([self.row_of(example_id) for example_id in example_ids], dtype=np.int64)
+        query_steps = sketches.shape[1]
+        if resolve == "step_matrix":
+            wanted = [Pair(slot, step) for slot in range(self.num_steps) for step in range(query_steps)]
+        else:
+            wanted = pairs(resolve, self.num_steps, query_steps)
+        vectors = self._vectors(sketches)  # [Q, T + 1, W]
+        decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
+        influences = np.stack([vectors[:, pair.query] @ decoded[pair.slot].T for pair in wanted], axis=2)  # [Q, n, .]
+        norms = np.linalg.norm(vectors, axis=2)
+        errors = np.stack(
+            [
+                self._errors(influences[:, :, place], self._slots[pair.slot].norms[rows], norms[:, pair.query, None])
+                for place, pair in enumerate(wanted)
+            ],
+            axis=2,
+        )
+        if resolve == "step_matrix":
+            shape = (len(sketches), len(rows), self.num_steps, query_steps)
+            return influences.reshape(shape), errors.reshape(shape)
+        return influences, errors
+
+    def _search_pairs(
+        self, wanted: set[Pair], vectors: np.ndarray, k: int
+    ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]]:
+        """(rows, influences, standard errors, k) of each pair's candidates for each query; one scan for a slot."""
+        found = {}
+        for slot in {pair.slot for pair in wanted}:
+            mine = sorted(pair for pair in wanted if pair.slot == slot)
+            queries = np.concatenate([vectors[:, pair.query] for pair in mine])  # [pairs * Q, W]
+            ranked = self._slots[slot].search(queries, k)
+            norms = np.linalg.norm(queries, axis=1)
+            answers = [
+                (rows, scores, self._errors(scores, self._slots[slot].norms[rows], norm), k)
+                for (rows, scores), norm in zip(ranked, norms, strict=True)
+            ]
+            for place, pair in enumerate(mine):
+                found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
+        return found
+
+    def _influencers(
+        self, step: int | None, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int
+    ) -> Influencers:
+        best = np.flatnonzero(scores > 0)[:k]
+        worst = np.flatnonzero(scores < 0)
+        worst = worst[np.lexsort((rows[worst], scores[worst]))][:k]
+        proponents, opponents = (
+            Ranked(
+                example_ids=tuple(self._examples["id"].take(rows[own]).to_pylist()),
+                rows=rows[own],
+                influences=scores[own],
+                standard_errors=errors[own],
+            )
+            for own in (best, worst)
+        )
+        return Influencers(step=step, proponents=proponents, opponents=opponents)
+
+    def _errors(self, influences: np.ndarray, norms: np.ndarray, query_norms: Any) -> np.ndarray:
+        """sqrt((|x|^2 |q|^2 + <x, q>^2) / W), widened by the coding."""
+        scale = math.sqrt(variance_factor(self.bits) / self.width)
+        return (np.hypot(norms * query_norms, influences) * scale).astype(np.float32)
+
+    def _vectors(self, sketches: np.ndarray) -> np.ndarray:
+        """Rotated sketches of each step and, last, of their sum, float32 [Q, T + 1, W]."""
+        rotated = rotate(torch.from_numpy(sketches), self.config.seed)
+        return torch.cat([rotated, rotated.sum(1, keepdim=True)], dim=1).numpy()
+
+    def _checked(self, query_sketches: Any) -> tuple[np.ndarray, bool]:
+        """The sketches as float32 [Q, T, W], and whether they were one query's."""
+        sketches = np.ascontiguousarray(query_sketches, dtype=np.float32)
+        single = sketches.ndim == 2
+        sketches = sketches[None] if single else sketches
+        if sketches.ndim != 3 or 0 in sketches.shape or sketches.shape[2] != self.width:
+            raise ValueError(
+                f"query sketches have shape {tuple(np.shape(query_sketches))}, expected [steps, {self.width}] or "
+                f"[queries, steps, {self.width}]: the width of index {self.name}"
+            )
+        if not np.isfinite(sketches).all():
+            raise ValueError("query sketches have values that are not finite; check the query's loss and gradients")
+        return sketches, single
+
+    def _check_files(self) -> None:
+        for name, facts in self.manifest.files.items():
+            file = self._folder / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != facts["size_bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes, not {facts['size_bytes']}"
+                raise IndexDamagedError(f"index {self.path} is damaged: {file} {state}; rebuild it")
+
+    @cached_property
+    def _examples(self) -> Any:
+        return pyarrow.parquet.read_table(self._folder / EXAMPLES).combine_chunks()
+
+    @cached_property
+    def _rows_by_id(self) -> dict[str, int]:
+        return {example_id: row for row, example_id in enumerate(self._examples["id"].to_pylist())}
+
+
+def _chosen_steps(steps: Sequence[int] | None, count: int) -> list[int]:
+    if steps is None:
+        return list(range(count))
+    for step in steps:
+        if not 0 <= step < count:
+            raise ValueError(f"step {step} does not exist; expected 0 to {count - 1}")
+    return list(dict.fromkeys(steps))

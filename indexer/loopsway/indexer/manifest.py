@@ -1,0 +1,178 @@
+"""What an index is, as JSON: its `Plan`, fixed before the first block, and its `Manifest`, written last.
+
+`manifest.json` is published by one atomic rename: an index has either all of a generation or nothing of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .config import Checkpoint, Loop, SketchConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class IndexNotFoundError(FileNotFoundError):
+    """There is no finished index at this path."""
+
+
+class IndexDamagedError(ValueError):
+    """A part of the index is missing, unreadable or not what its manifest says."""
+
+
+class IndexExistsError(FileExistsError):
+    """The path already holds an index, or a begun one, of something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a build fixes before its first block. Two builds with equal plans give the same index.
+
+    Attributes:
+        fingerprint: of the sketches; a query must have the same.
+        parameters: names and shapes of what is attributed to.
+        examples_digest: of all example ids, in order.
+        checkpoint_digests: of the checkpoints' files, by checkpoint name, for those that name a file.
+        block_rows: rows of a block, which owns whole chunks.
+    """
+
+    fingerprint: str
+    task_spec: str | None
+    task_arguments: Mapping[str, Any] = field(default_factory=dict)
+    loop: Loop
+    config: SketchConfig
+    checkpoints: tuple[Checkpoint, ...]
+    parameters: Mapping[str, tuple[int, ...]]
+    num_examples: int
+    num_steps: int
+    examples_digest: str
+    checkpoint_digests: Mapping[str, str]
+    batch_size: int
+    block_rows: int
+
+    @property
+    def width(self) -> int:
+        assert self.config.width is not None
+        return self.config.width
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_examples // self.block_rows)
+
+    def rows_of(self, block: int) -> range:
+        return range(block * self.block_rows, min((block + 1) * self.block_rows, self.num_examples))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        data["loop"], data["config"] = self.loop.to_dict(), self.config.to_dict()
+        data["checkpoints"] = [checkpoint.to_dict() for checkpoint in self.checkpoints]
+        data["parameters"] = {name: list(shape) for name, shape in self.parameters.items()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        made = dict(data)
+        made["loop"], made["config"] = Loop.from_dict(data["loop"]), SketchConfig.from_dict(data["config"])
+        made["checkpoints"] = tuple(map(Checkpoint.from_dict, data["checkpoints"]))
+        made["parameters"] = {name: tuple(shape) for name, shape in data["parameters"].items()}
+        return cls(**made)
+
+    def differences(self, other: Plan) -> list[str]:
+        """What the two plans say differently, as text `name: mine -> other's`."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{name}: {mine[name]} -> {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A published index.
+
+    Attributes:
+        generation: number of the folder that holds it, from 1.
+        created_at: when it was published, ISO 8601, UTC.
+        steps_without_gradient: steps whose sketches are zero because training cut them off from the loss.
+        mean_losses: of all examples, at each checkpoint.
+        files: size in bytes and digest of each file written once the blocks were, by path within the generation.
+    """
+
+    plan: Plan
+    generation: int
+    created_at: str
+    steps_without_gradient: tuple[int, ...]
+    mean_losses: tuple[float, ...]
+    files: Mapping[str, Mapping[str, Any]]
+
+    def write(self, path: Path) -> None:
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        write_json(path / MANIFEST, {"format_version": FORMAT_VERSION, **data, "plan": self.plan.to_dict()})
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest of the index in this folder.
+
+        Raises:
+            IndexNotFoundError: no index, or an unfinished one.
+            IndexDamagedError: it can't be read, or has another format version.
+        """
+        data = _read_manifest(path)
+        version = data.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise IndexDamagedError(
+                f"index {path} has format version {version}, this Loopsway reads {FORMAT_VERSION}; rebuild the index, "
+                "or open it with the Loopsway that wrote it"
+            )
+        try:
+            data["plan"] = Plan.from_dict(data["plan"])
+            for name in ("steps_without_gradient", "mean_losses"):
+                data[name] = tuple(data[name])
+            return cls(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON so that a reader sees all of it or the file as it was before, also after a power failure."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (path / "generations").is_dir():
+            raise IndexNotFoundError(
+                f"index {path} is unfinished: run the same `loopsway build` again, it goes on where it was"
+            ) from None
+        raise IndexNotFoundError(f"there is no index at {path}; make one with `loopsway build --out {path}`") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
+    if not isinstance(data, dict):
+        raise IndexDamagedError(f"the manifest of index {path} is damaged: it is no JSON object; rebuild the index")
+    return data

@@ -1,0 +1,79 @@
+"""The end of a build: FAISS indices, a measurement of their recall, and the manifest that publishes the generation."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from .index import EXAMPLES, FAISS_FOLDER, RECALL
+from .manifest import Manifest, file_digest, sync, write_json
+from .progress import BuildProgress
+from .search import Slot, open_slots
+from .store import Generation
+
+RECALL_QUERIES, RECALL_K = 16, 10
+
+
+def publish(path: Path, generation: Generation, bars: BuildProgress) -> None:
+    """Builds what search needs from the stored blocks and publishes the index. Begun again, it starts over.
+
+    Args:
+        path: the index's folder.
+        generation: with all blocks written and the examples' table beside them.
+        bars: for progress.
+    """
+    folder = generation.path / FAISS_FOLDER
+    folder.mkdir(exist_ok=True)
+    slots = open_slots(generation)
+    bars.begin("indexing steps", len(slots))
+    recalls: dict[str, float] = {}
+    for step, slot in slots.items():
+        slot.build(folder)
+        recalls["total" if step is None else str(step)] = _recall(slot)
+        slot.unload()
+        bars.advance()
+    write_json(
+        generation.path / RECALL,
+        {
+            f"recall@{RECALL_K}": float(np.mean(list(recalls.values()))),
+            "by_slot": recalls,
+            "against": "a reading of every code",
+            "queries": f"{RECALL_QUERIES} stored rows and their opposites",
+        },
+    )
+    files = [generation.path / EXAMPLES, generation.path / RECALL, *sorted(folder.glob("*.faiss"))]
+    for file in files:
+        sync(file)
+    sync(folder)
+    entries = generation.finished().values()
+    silent = [set(entry.steps_without_gradient) for entry in entries]
+    sums = np.sum([entry.loss_sums for entry in entries], axis=0)
+    Manifest(
+        plan=generation.plan,
+        generation=int(generation.path.name),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        steps_without_gradient=tuple(sorted(set.intersection(*silent))),
+        mean_losses=tuple((sums / generation.plan.num_examples).tolist()),
+        files={
+            file.relative_to(generation.path).as_posix(): {
+                "size_bytes": file.stat().st_size,
+                "digest": file_digest(file),
+            }
+            for file in files
+        },
+    ).write(path)
+
+
+def _recall(slot: Slot) -> float:
+    """The share of the k best rows, of both signs, that the search finds; equal scores count as found."""
+    count = len(slot.factors)
+    k = min(RECALL_K, count)
+    queries = slot.rows(np.linspace(0, count - 1, min(RECALL_QUERIES, count)).astype(np.int64))
+    queries = np.concatenate([queries, -queries])
+    worst_best = slot.exact_search(queries, k)[:, -1]  # the k-th best score of each query
+    found = [scores[:k] for _, scores in slot.search(queries, k)]
+    slack = 1e-5 * np.linalg.norm(queries, axis=1) * slot.norms.max(initial=0)
+    hits = [(scores >= limit - eps).sum() for scores, limit, eps in zip(found, worst_best, slack, strict=True)]
+    return float(np.sum(hits) / (k * len(queries)))
