@@ -22,7 +22,7 @@ from .coding import rotate, variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
 from .manifest import IndexDamagedError, Manifest
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
-from .search import Slot, open_slots
+from .search import Slot, inner_products, open_slots
 from .store import Generation
 
 EXAMPLES, FAISS_FOLDER, RECALL = "examples.parquet", "faiss", "recall.json"
@@ -238,7 +238,7 @@ class Index:
             wanted = pairs(resolve, self.num_steps, query_steps)
         vectors = self._vectors(sketches)  # [Q, T + 1, W]
         decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
-        influences = np.stack([vectors[:, pair.query] @ decoded[pair.slot].T for pair in wanted], axis=2)  # [Q, n, .]
+        influences = np.stack([inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2)  # [Q, n, .]
         norms = np.linalg.norm(vectors, axis=2)
         errors = np.stack(
             [

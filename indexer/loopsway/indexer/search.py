@@ -99,7 +99,7 @@ class Slot:
         both = np.ascontiguousarray(np.concatenate([queries, -queries]))
         found = self._faiss.search(both, count)[1].reshape(2, len(queries), count)  # row numbers
         rows, places = np.unique(found, return_inverse=True)
-        scores = queries @ self.rows(rows).T  # [M, n]
+        scores = inner_products(queries, self.rows(rows))
         places = places.reshape(found.shape)
         return [self._ranked(rows, scores[query], np.unique(places[:, query])) for query in range(len(queries))]
 
@@ -122,6 +122,11 @@ class Slot:
             for _, rows in self.blocks():
                 low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
         return np.stack([low, high]) * np.float32(scale)
+
+
+def inner_products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Scores [M, n], float32, summed in float64: equal rows have equal scores, whatever else is in the batch."""
+    return (queries.astype(np.float64) @ rows.astype(np.float64).T).astype(np.float32)
 
 
 def import_faiss() -> Any:

@@ -1,0 +1,323 @@
+"""A build can be cut at any moment and goes on where it was; what it stores is checked when it is opened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+import zarr
+
+from looped import InjectedModel, LoopedTask, make_model
+from loopsway.indexer import (
+    Checkpoint,
+    ExampleSketcher,
+    Index,
+    IndexDamagedError,
+    IndexExistsError,
+    IndexNotFoundError,
+    SketchConfig,
+    TaskError,
+    build_index,
+    open_index,
+)
+from loopsway.indexer.coding import encode, rotate
+
+CONFIG = SketchConfig(width=256, bits=1)
+COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
+
+
+def build(path: Path, task: LoopedTask | None = None, config: SketchConfig = CONFIG, **arguments: Any) -> Index:
+    arguments = {"block_rows": BLOCK_ROWS, "batch_size": BATCH_SIZE, "progress": False, **arguments}
+    return build_index(task or LoopedTask(count=COUNT), path, config, **arguments)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("build") / "whole.index"
+    build(path)
+    return path
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "copy.index"))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of the arrays, and the examples."""
+    files = [*path.rglob("arrays.zarr/**/*"), *path.rglob("examples.parquet")]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files if file.is_file()}
+
+
+def test_the_arrays_are_what_the_sketcher_gives(built: Path) -> None:
+    """One block is read back with plain zarr and compared with codes made here."""
+    task = LoopedTask(count=COUNT)
+    rows = range(BLOCK_ROWS, 2 * BLOCK_ROWS)
+    sketcher = ExampleSketcher(task, CONFIG, batch_size=BATCH_SIZE)
+    sketches = sketcher.sketch([task.examples()[row] for row in rows])
+    rotated = rotate(sketches.values, CONFIG.seed)
+    group: Any = zarr.open_group(next(built.glob("generations/*/arrays.zarr")), mode="r")
+    for step in range(4):
+        codes = encode(rotated[:, step], CONFIG.bits)
+        np.testing.assert_array_equal(group["step_codes"][step, rows.start : rows.stop], codes.codes)
+        np.testing.assert_allclose(group["step_factors"][step, rows.start : rows.stop], codes.factors, rtol=1e-6)
+        np.testing.assert_allclose(group["step_norms"][step, rows.start : rows.stop], codes.norms, rtol=1e-6)
+    total = encode(rotated.sum(1), CONFIG.bits)
+    np.testing.assert_array_equal(group["total_codes"][rows.start : rows.stop], total.codes)
+    np.testing.assert_allclose(group["losses"][:, rows.start : rows.stop], sketches.losses, rtol=1e-6)
+
+
+def test_an_index_says_what_it_holds(built: Path) -> None:
+    index, task = open_index(built), LoopedTask(count=COUNT)
+    assert (index.num_examples, index.num_steps, index.width, index.bits) == (COUNT, 4, 256, 1)
+    assert (index.name, index.generation, index.loop) == ("whole", 1, task.loop)
+    assert index.checkpoints == tuple(task.checkpoints())
+    assert index.fingerprint == ExampleSketcher(task, CONFIG).fingerprint
+    assert index.example(3).id == "train/3"
+    assert index.example(3).description == task.describe(3)
+    assert index.example(3).metadata == task.metadata(3)
+    assert index.row_of("train/49") == 49
+    want = ExampleSketcher(task, CONFIG).sketch(task.examples()).losses.mean(1)
+    np.testing.assert_allclose(index.mean_losses(), want, rtol=1e-5)
+    assert index.size_bytes == sum(f.stat().st_size for f in built.glob("generations/**/*") if f.is_file())
+    table = pyarrow.parquet.read_table(next(built.rglob("examples.parquet")))
+    assert table.column_names == ["id", "description", "metadata"]
+
+
+KILLED = """
+import os, signal, sys
+from looped import LoopedTask
+from loopsway.indexer import SketchConfig, build_index
+
+class Killed(LoopedTask):
+    calls = 0
+    def collate(self, examples):
+        Killed.calls += 1
+        if Killed.calls > int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().collate(examples)
+
+build_index(Killed(count=50), sys.argv[1], SketchConfig(width=256, bits=1), block_rows=16, batch_size=8, progress=False)
+"""
+
+
+def killed_build(path: Path, batches: int) -> None:
+    command = [sys.executable, "-c", KILLED, str(path), str(batches)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("batches", [1, 4, 6])
+def test_a_killed_build_finishes_to_the_same_bytes(built: Path, tmp_path: Path, batches: int) -> None:
+    """One batch is the probe, a block has two: killed before the first block, inside the second, inside the third."""
+    path = tmp_path / "killed.index"
+    killed_build(path, batches)
+    with pytest.raises(IndexNotFoundError, match="unfinished: run the same `loopsway build` again"):
+        open_index(path)
+    log = next(path.rglob("plan.json")).parent / "blocks.jsonl"
+    finished = log.read_text().splitlines() if log.exists() else []
+    assert len(finished) == {1: 0, 4: 1, 6: 2}[batches]
+    with log.open("a") as torn:
+        torn.write('{"block": 3, "num_ro')
+    seen = count_batches(path)
+    assert seen == 1 + 7 - 2 * len(finished), "a finished block was computed again"
+    assert contents(path) == contents(built)
+    assert not list(path.rglob("*.partial"))
+
+
+def count_batches(path: Path) -> int:
+    class Counting(LoopedTask):
+        calls = 0
+
+        def collate(self, examples: Any) -> Any:
+            self.calls += 1
+            return super().collate(examples)
+
+    task = Counting(count=COUNT)
+    build(path, task)
+    return task.calls
+
+
+def test_an_interrupted_build_keeps_its_finished_blocks(built: Path, tmp_path: Path) -> None:
+    class Interrupted(LoopedTask):
+        calls = 0
+
+        def collate(self, examples: Any) -> Any:
+            self.calls += 1
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            return super().collate(examples)
+
+    path = tmp_path / "interrupted.index"
+    with pytest.raises(KeyboardInterrupt):
+        build(path, Interrupted(count=COUNT))
+    build(path)
+    assert contents(path) == contents(built)
+
+
+def test_a_cut_during_publication_is_made_good(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cut.index"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "loopsway.indexer.publication.Manifest.write", lambda *_: (_ for _ in ()).throw(OSError("full"))
+        )
+        with pytest.raises(OSError, match="full"):
+            build(path)
+    with pytest.raises(IndexNotFoundError, match="unfinished"):
+        open_index(path)
+    assert count_batches(path) == 1, "blocks were computed again"
+    assert contents(path) == contents(built)
+
+
+def test_a_finished_build_is_opened_as_it_is(copied: Path) -> None:
+    before = contents(copied)
+    assert build(copied).num_examples == COUNT
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"config": SketchConfig(width=512)}, "'width': 256.*'width': 512"),
+        ({"config": SketchConfig(width=256, bits=8)}, "'bits': 1.*'bits': 8"),
+        ({"task": LoopedTask(count=COUNT + 1)}, "num_examples: 50 -> 51"),
+        ({"task": LoopedTask(count=COUNT, num_checkpoints=1)}, "checkpoints: "),
+        ({"task": LoopedTask("CellModel", count=COUNT)}, "parameters: "),
+    ],
+)
+@pytest.mark.parametrize("published", [True, False])
+def test_a_path_that_holds_something_else_is_refused(copied: Path, change: Any, text: str, published: bool) -> None:
+    if not published:
+        (copied / "manifest.json").unlink()
+    before = contents(copied)
+    with pytest.raises(IndexExistsError, match=f"(?s)already holds an index of something else.*{text}"):
+        build(copied, **change)
+    assert contents(copied) == before
+
+
+def test_there_is_no_index_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(IndexNotFoundError, match=r"there is no index at .*nothing; make one with `loopsway build"):
+        open_index(tmp_path / "nothing")
+
+
+def damage(file: Path, how: str) -> None:
+    if how == "missing":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "text"),
+    [
+        ("manifest.json", "cut", "manifest of index .* is damaged"),
+        ("generations/*/examples.parquet", "missing", "examples.parquet is missing"),
+        ("generations/*/examples.parquet", "cut", "examples.parquet has .* bytes"),
+        ("generations/*/faiss/total.faiss", "cut", "total.faiss has .* bytes"),
+        ("generations/*/faiss/step-0001.faiss", "missing", "step-0001.faiss is missing"),
+        ("generations/*/arrays.zarr/step_factors/c/0/1", "flipped", "array step_factors .* can't be read"),
+        ("generations/*/arrays.zarr/total_norms/c/1", "missing", "total_norms .* never written"),
+        ("generations/*/arrays.zarr/losses/zarr.json", "missing", None),
+    ],
+)
+def test_a_damaged_index_is_refused_when_opened(copied: Path, name: str, how: str, text: str | None) -> None:
+    damage(next(copied.glob(name)), how)
+    if text is None:
+        open_index(copied)  # losses are not needed for search; their sums are in the manifest
+        return
+    with pytest.raises(IndexDamagedError, match=text):
+        open_index(copied)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_missing_codes_are_found_when_they_are_read(copied: Path, how: str) -> None:
+    index = open_index(copied)
+    damage(next(copied.glob("generations/*/arrays.zarr/total_codes/c/1/0")), how)
+    with pytest.raises(IndexDamagedError, match="is missing or cut short"):
+        index.trajectories(np.ones((4, 256)), ["train/20"])
+
+
+def test_another_format_version_is_refused(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(IndexDamagedError, match="has format version 99, this Loopsway reads 1"):
+        open_index(copied)
+
+
+class NoExamples(LoopedTask):
+    def examples(self) -> list[Any]:
+        return []
+
+
+class TwiceTheSame(LoopedTask):
+    def example_id(self, row: int) -> str:
+        return str(row % 30)
+
+
+class NoCheckpoints(LoopedTask):
+    def checkpoints(self) -> list[Checkpoint]:
+        return []
+
+
+class SameNames(LoopedTask):
+    def checkpoints(self) -> list[Checkpoint]:
+        return [Checkpoint(name="step-0", learning_rate=1)] * 2
+
+
+class OtherModels(LoopedTask):
+    def model(self, checkpoint: Checkpoint) -> Any:
+        return make_model(InjectedModel, dim=12 + 4 * int(checkpoint.name[-1]))
+
+
+class TooFewLosses(LoopedTask):
+    def losses(self, model: Any, batch: Any) -> torch.Tensor:
+        return super().losses(model, batch)[1:]
+
+
+class RandomLoops(LoopedTask):
+    def losses(self, model: Any, batch: Any) -> torch.Tensor:
+        model.num_steps = 3 if len(batch["labels"]) == 2 else 5
+        return super().losses(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "text"),
+    [
+        (NoExamples, TaskError, "examples.. is empty"),
+        (TwiceTheSame, TaskError, r"id '0' is that of rows \[0, 30\]"),
+        (NoCheckpoints, TaskError, "checkpoints.. is empty"),
+        (SameNames, TaskError, r"names are \['step-0', 'step-0'\]"),
+        (OtherModels, TaskError, "'step-1' has other loop parameters than 'step-0'"),
+        (TooFewLosses, ValueError, r"input of shape \(2, .*\), but the batch has 1 examples"),
+        (RandomLoops, ValueError, "from row 0 ran 5 steps, the first ones ran 3"),
+    ],
+)
+def test_a_task_that_breaks_its_contract_is_told_so(tmp_path: Path, task: Any, error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        build(tmp_path / "bad.index", task(count=COUNT))
+    assert not (tmp_path / "bad.index" / "manifest.json").exists()
+
+
+def test_exact_gradients_build_no_index(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="width is None"):
+        build(tmp_path / "exact.index", config=SketchConfig(width=None))
+
+
+def test_progress_shows_rate_and_time_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build(tmp_path / "shown.index", progress=True)
+    shown = capfd.readouterr().err
+    for text in ("sketching examples", "50/50", "indexing steps", "5/5", "left"):
+        assert text in shown

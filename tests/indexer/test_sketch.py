@@ -1,0 +1,209 @@
+"""Sketches estimate inner products without bias, within the variance bound, and do not depend on how they are made.
+
+With x and y all parameters' gradients and A, B a matrix parameter's part of them, the fused sketch has
+
+    W Var<x, y> <= |x|^2 |y|^2 + <x, y>^2 + sum over matrices of (2 |A^T B|^2 + 2 |A B^T|^2)
+
+(TensorSketch: Pham and Pagh 2013; the terms across parameters are CountSketch's, their hashes being independent).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from looped import MODELS, InjectedModel, collate, losses, make_examples, make_model, step_gradients
+from loopsway.indexer import Loop, SketchConfig, StepSketcher
+from loopsway.indexer.gradients import Dense, OuterProduct, TableRows
+from loopsway.indexer.sketch import ExactGradients, GradientSink, Sketches, choose_path
+
+TRIALS = 200
+WIDTH = 256
+
+
+def sketch_grams(model: Any, count: int) -> np.ndarray:
+    """Inner products of all (example, step) sketches, one matrix for each seed: [TRIALS, B * S, B * S]."""
+    batch = collate(make_examples(count))
+    grams = []
+    for seed in range(TRIALS):
+        sketches = StepSketcher(model, model.loop, SketchConfig(width=WIDTH, seed=seed)).sketch(losses, batch)
+        flat = sketches.flatten(0, 1).double()
+        grams.append((flat @ flat.T).numpy())
+    return np.stack(grams)
+
+
+def variance_bound(gradients: Tensor, shapes: list[tuple[int, ...]]) -> np.ndarray:
+    """The bound above times 1 / W, for every pair of rows of [B * S, P]."""
+    inner = gradients @ gradients.T
+    squares = inner.diagonal()
+    bound = squares[:, None] * squares + inner.square()
+    for shape, part in zip(shapes, gradients.split([int(np.prod(s)) for s in shapes], dim=1), strict=True):
+        if len(shape) == 2:
+            matrices = part.unflatten(1, shape)  # [M, O, I]
+            for pattern in ("aoi,boj->abij", "aoi,bpi->abop"):
+                bound += 2 * torch.einsum(pattern, matrices, matrices).square().sum((2, 3))
+    return (bound / WIDTH).numpy()
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda kind: kind.__name__)
+def trials(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sketched Gram matrices of many seeds, the exact one, and the variance bound, without zero steps."""
+    model = make_model(request.param)
+    sketched = sketch_grams(model, count=3)
+    exact = step_gradients(model, model.loop, make_examples(3)).flatten(0, 1)
+    shapes = list(StepSketcher(model, model.loop).parameters.values())
+    live = exact.norm(dim=1) > 0
+    bound = variance_bound(exact[live], shapes)
+    keep = np.ix_(range(TRIALS), live.numpy(), live.numpy())
+    return sketched[keep], (exact[live] @ exact[live].T).numpy(), bound
+
+
+def test_inner_products_of_sketches_are_unbiased(trials: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    sketched, exact, _ = trials
+    z = (sketched.mean(0) - exact) / (sketched.std(0, ddof=1) / np.sqrt(TRIALS))
+    z = z[np.triu_indices_from(z)]
+    assert np.abs(z).max() < 5, f"an entry's mean is {np.abs(z).max():.1f} standard errors off: signs are not random"
+    assert np.sqrt(np.mean(z**2)) < 2, f"rms z is {np.sqrt(np.mean(z**2)):.2f}, expected about 1: a biased estimate"
+
+
+def test_variance_stays_within_the_bound(trials: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    sketched, _, bound = trials
+    variance = sketched.var(0, ddof=1)
+    fourth = np.mean((sketched - sketched.mean(0)) ** 4, axis=0)
+    noise = np.sqrt((fourth - variance**2) / TRIALS)  # standard error of the variance itself
+    excess = (variance - bound) / noise
+    assert excess.max() < 4, (
+        f"variance is {excess.max():.1f} standard errors above its bound: buckets collide too often"
+    )
+    assert np.mean(variance / bound) < 1, f"mean ratio to the bound is {np.mean(variance / bound):.2f}"
+    assert np.mean(variance / bound) > 0.2, "far below the bound: the estimate does not vary with the seed"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_two_paths_agree(kind: Any) -> None:
+    model, batch = make_model(kind), collate(make_examples(5))
+    product, fourier = (
+        StepSketcher(model, kind.loop, SketchConfig(width=512, layer_path=path)).sketch(losses, batch)
+        for path in ("product", "fourier")
+    )
+    assert float((product - fourier).norm() / product.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_sketching_is_linear(kind: Any) -> None:
+    """The sketch of exact step gradients by the dense path equals the sketch made during the backward pass."""
+    model, batch = make_model(kind), collate(make_examples(5))
+    sketcher = StepSketcher(model, kind.loop, SketchConfig(width=512))
+    got = sketcher.sketch(losses, batch)
+    exact = StepSketcher(model, kind.loop, SketchConfig(width=None)).sketch(losses, batch)
+    shapes = sketcher.parameters
+    parts = dict(zip(shapes, exact.split([int(np.prod(s)) for s in shapes.values()], dim=2), strict=True))
+    sink = new_sketches(shapes, len(exact), exact.shape[1])
+    for name, part in parts.items():
+        for step in range(exact.shape[1]):
+            sink.add(name, step, Dense(part[:, step]))
+    assert float((got - sink.values).norm() / got.norm()) <= 1e-5
+    mixed = new_sketches(shapes, 1, 1)
+    for name, part in parts.items():
+        mixed.add(name, 0, Dense((2 * part[0] - 3 * part[1]).sum(0)[None]))
+    assert float((mixed.values[0, 0] - (2 * got[0] - 3 * got[1]).sum(0)).norm() / got.norm()) <= 1e-5
+
+
+def new_sketches(shapes: Any, batch: int, num_steps: int, width: int = 512) -> Sketches:
+    return Sketches(
+        shapes,
+        batch,
+        num_steps,
+        width=width,
+        seed=0,
+        checkpoint="single",
+        layer_path="auto",
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_batch_split_changes_rounding_at_most(kind: Any) -> None:
+    model, examples = make_model(kind), make_examples(6)
+    sketcher = StepSketcher(model, kind.loop, SketchConfig(width=512))
+    whole = sketcher.sketch(losses, collate(examples))
+    again = sketcher.sketch(losses, collate(examples))
+    split = torch.cat([sketcher.sketch(losses, collate(examples[part])) for part in (slice(2), slice(2, 6))])
+    assert torch.equal(whole, again)
+    assert float((whole - split).norm() / whole.norm()) <= 1e-5
+
+
+def test_another_process_makes_the_same_bits(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch\n"
+        "from looped import *\n"
+        "from loopsway.indexer import SketchConfig, StepSketcher\n"
+        "model = make_model(InjectedModel)\n"
+        "sketcher = StepSketcher(model, model.loop, SketchConfig(width=512, seed=3))\n"
+        "torch.save(sketcher.sketch(losses, collate(make_examples(6))), sys.argv[1])\n"
+    )
+    file = tmp_path / "sketches.pt"
+    subprocess.run([sys.executable, "-c", program, str(file)], check=True, cwd=Path(__file__).parents[1])
+    model = make_model(InjectedModel)
+    here = StepSketcher(model, model.loop, SketchConfig(width=512, seed=3)).sketch(losses, collate(make_examples(6)))
+    assert torch.equal(here, torch.load(file, weights_only=True))
+
+
+def test_tiles_do_not_change_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = torch.randn(3, 5, 20), torch.randn(3, 5, 70)
+    whole, tiled, fourier = (new_sketches({"w": (20, 70)}, 3, 1, width=64) for _ in range(3))
+    whole.add("w", 0, OuterProduct(left, right))
+    monkeypatch.setattr("loopsway.indexer.sketch.TILE_BYTES", 4 * 3 * 70 * 3)
+    tiled.add("w", 0, OuterProduct(left, right))
+    fourier._layer_path = "fourier"
+    fourier.add("w", 0, OuterProduct(left, right))
+    torch.testing.assert_close(whole.values, tiled.values)
+    torch.testing.assert_close(whole.values, fourier.values, rtol=1e-4, atol=1e-3)
+
+
+def test_every_form_of_a_gradient_gives_the_same_sketch_and_the_same_exact_rows() -> None:
+    rows, values = torch.tensor([[0, 3, 0], [2, 2, 2]]), torch.randn(2, 3, 6)
+    dense = torch.zeros(2, 4, 6)
+    for example in range(2):
+        for token in range(3):
+            dense[example, rows[example, token]] += values[example, token]
+    one_hot = torch.nn.functional.one_hot(rows, 4).float()
+    forms = [TableRows(rows, values), Dense(dense.flatten(1)), OuterProduct(one_hot, values)]
+    sinks: list[list[GradientSink]] = [
+        [new_sketches({"w": (4, 6)}, 2, 1) for _ in forms],
+        [ExactGradients({"w": (4, 6)}, 2, 1, device=torch.device("cpu")) for _ in forms],
+    ]
+    for kind in sinks:
+        for sink, form in zip(kind, forms, strict=True):
+            sink.add("w", 0, form)
+            torch.testing.assert_close(sink.values, kind[0].values)
+
+
+def test_the_planner_takes_the_product_for_small_layers_and_fourier_for_huge_ones_at_few_tokens() -> None:
+    small = torch.empty(1, 128, 256, device="meta"), torch.empty(1, 128, 256, device="meta")
+    huge = torch.empty(1, 1, 20_000, device="meta"), torch.empty(1, 1, 20_000, device="meta")
+    assert choose_path(*small, 8192, "auto") == "product"
+    assert choose_path(*huge, 8192, "auto") == "fourier"
+    assert choose_path(*huge, 8192, "product") == "product"
+
+
+def test_checkpoints_are_hashed_apart() -> None:
+    """Equal weights at two checkpoints must not have equal sketches, or their cross terms would be counted."""
+    from loopsway.indexer import Checkpoint
+
+    model, batch = make_model(InjectedModel), collate(make_examples(4))
+    first, second = (
+        StepSketcher(model, Loop(body=["block"]), checkpoint=Checkpoint(name=name, learning_rate=1)).sketch(
+            losses, batch
+        )
+        for name in ("a", "b")
+    )
+    cosines = torch.nn.functional.cosine_similarity(first, second, dim=2)
+    assert cosines.abs().max() < 0.1
