@@ -147,7 +147,7 @@ def count_batches(path: Path) -> int:
     return task.calls
 
 
-def test_an_interrupted_build_keeps_its_finished_blocks(built: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_keeps_its_finished_blocks_and_its_batches(built: Path, tmp_path: Path) -> None:
     class Interrupted(LoopedTask):
         calls = 0
 
@@ -160,7 +160,7 @@ def test_an_interrupted_build_keeps_its_finished_blocks(built: Path, tmp_path: P
     path = tmp_path / "interrupted.index"
     with pytest.raises(KeyboardInterrupt):
         build(path, Interrupted(count=COUNT))
-    build(path)
+    build(path, batch_size=5, block_rows=32, task_spec="elsewhere.py:Same")
     assert contents(path) == contents(built)
 
 

@@ -58,7 +58,7 @@ def build_index(
         progress: whether to draw progress on the terminal.
 
     Returns:
-        The index, open. A finished index of the same plan is opened as it is.
+        The index, open. A finished index of the same content is opened as it is.
 
     Raises:
         IndexExistsError: the path holds an index of something else; the text names what differs.
@@ -72,11 +72,19 @@ def build_index(
         raise TaskError(f"{type(task).__name__}.examples() is empty; an index needs at least one example")
     sketcher = ExampleSketcher(task, config, device=device, batch_size=batch_size)
     table = _example_table(task, len(examples))
-    plan = _plan(task_spec, task_arguments, sketcher, examples, table, task, batch_size, block_rows)
+    plan = _plan(
+        task,
+        sketcher,
+        table,
+        task_spec=task_spec,
+        task_arguments=dict(task_arguments or {}),
+        batch_size=batch_size,
+        block_rows=block_rows,
+    )
     if (path / MANIFEST).exists():
         _refuse_other_plan(path, Manifest.read(path).plan, plan)
         return open_index(path)
-    folder = _begin(path, plan)
+    folder, plan = _begin(path, plan)
     generation = Generation(folder, plan)
     generation.create()
     with BuildProgress(shown=progress) as bars:
@@ -86,23 +94,14 @@ def build_index(
     return open_index(path)
 
 
-def _plan(
-    task_spec: str | None,
-    task_arguments: Mapping[str, Any] | None,
-    sketcher: ExampleSketcher,
-    examples: Sequence[Any],
-    table: pa.Table,
-    task: Task,
-    batch_size: int,
-    block_rows: int,
-) -> Plan:
+def _plan(task: Task, sketcher: ExampleSketcher, table: pa.Table, **kept: Any) -> Plan:
+    """The plan of this build; `kept` are the fields that the caller chose."""
+    examples = task.examples()
     probe = sketcher.sketch([examples[row] for row in range(min(2, len(examples)))])
     ids = hashlib.blake2b("\0".join(table["id"].to_pylist()).encode(), digest_size=16).hexdigest()
     files = {each.name: Path(each.path) for each in sketcher.checkpoints if each.path is not None}
     return Plan(
         fingerprint=sketcher.fingerprint,
-        task_spec=task_spec,
-        task_arguments=dict(task_arguments or {}),
         loop=task.loop,
         config=sketcher.config,
         checkpoints=sketcher.checkpoints,
@@ -111,22 +110,22 @@ def _plan(
         num_steps=probe.values.shape[1],
         examples_digest=ids,
         checkpoint_digests={name: file_digest(file) for name, file in files.items() if file.is_file()},
-        batch_size=batch_size,
-        block_rows=block_rows,
+        **kept,
     )
 
 
-def _begin(path: Path, plan: Plan) -> Path:
-    """The folder of the generation to build: a new one, or the one that a cut build of the same plan left."""
+def _begin(path: Path, plan: Plan) -> tuple[Path, Plan]:
+    """The folder of the generation to build, and its plan: a cut build's own, to go on in the same batches."""
     folder = generation_folder(path, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PLAN).exists():
-        _refuse_other_plan(path, _read_plan(folder / PLAN), plan)
-        for partial in folder.rglob("*.partial"):
-            partial.unlink()
-    else:
+    if not (folder / PLAN).exists():
         write_json(folder / PLAN, plan.to_dict())
-    return folder
+        return folder, plan
+    begun = _read_plan(folder / PLAN)
+    _refuse_other_plan(path, begun, plan)
+    for partial in folder.rglob("*.partial"):
+        partial.unlink()
+    return folder, begun
 
 
 def _refuse_other_plan(path: Path, existing: Plan, plan: Plan) -> None:
@@ -148,6 +147,7 @@ def _sketch_blocks(
     generation: Generation, sketcher: ExampleSketcher, examples: Sequence[Any], bars: BuildProgress
 ) -> None:
     plan, finished = generation.plan, generation.finished()
+    sketcher.batch_size = plan.batch_size
     done = sum(entry.num_rows for entry in finished.values())
     bars.begin("sketching examples", plan.num_examples, done=done)
     for block in range(plan.num_blocks):

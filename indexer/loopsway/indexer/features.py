@@ -171,7 +171,7 @@ class ExampleSketcher:
         self.config = config or SketchConfig()
         if self.config.width is None:
             raise ValueError("width is None: exact gradients are for tests with StepSketcher; give a width")
-        self._task, self._device, self._batch_size = task, torch.device(device), batch_size
+        self._task, self._device, self.batch_size = task, torch.device(device), batch_size
         self.checkpoints = _checked_checkpoints(task)
         self._models = [task.model(checkpoint).to(self._device).eval() for checkpoint in self.checkpoints]
         self._sketchers = [
@@ -199,8 +199,8 @@ class ExampleSketcher:
         if not examples:
             raise ValueError("no examples to sketch; give at least one")
         parts = [
-            self._sketch_batch(examples[start : start + self._batch_size])
-            for start in range(0, len(examples), self._batch_size)
+            self._sketch_batch(examples[start : start + self.batch_size])
+            for start in range(0, len(examples), self.batch_size)
         ]
         steps = {part.values.shape[1] for part in parts}
         if len(steps) > 1:

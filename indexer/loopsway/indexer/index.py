@@ -218,17 +218,18 @@ class Index:
             ValueError: as in `search`.
             UnknownExampleError: an id is not in the index.
         """
-        return self._trajectories(query_sketches, example_ids, resolve)[0]
+        return self.trajectories_with_errors(query_sketches, example_ids, resolve)[0]
 
     def standard_errors(
         self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
     ) -> np.ndarray:
         """The standard error of each number of `trajectories`, of the same shape."""
-        return self._trajectories(query_sketches, example_ids, resolve)[1]
+        return self.trajectories_with_errors(query_sketches, example_ids, resolve)[1]
 
-    def _trajectories(
-        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve
+    def trajectories_with_errors(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
     ) -> tuple[np.ndarray, np.ndarray]:
+        """`trajectories` and `standard_errors` at the cost of one of them."""
         sketches, _ = self._checked(query_sketches)
         rows = np.array([self.row_of(example_id) for example_id in example_ids], dtype=np.int64)
         query_steps = sketches.shape[1]
@@ -238,7 +239,9 @@ class Index:
             wanted = pairs(resolve, self.num_steps, query_steps)
         vectors = self._vectors(sketches)  # [Q, T + 1, W]
         decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
-        influences = np.stack([inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2)  # [Q, n, .]
+        influences = np.stack(
+            [inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2
+        )  # [Q, n, .]
         norms = np.linalg.norm(vectors, axis=2)
         errors = np.stack(
             [

@@ -33,7 +33,7 @@ class IndexExistsError(FileExistsError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that a build fixes before its first block. Two builds with equal plans give the same index.
+    """Everything that a build fixes before its first block. Two builds with equal plans store the same bytes.
 
     Attributes:
         fingerprint: of the sketches; a query must have the same.
@@ -85,9 +85,19 @@ class Plan:
         return cls(**made)
 
     def differences(self, other: Plan) -> list[str]:
-        """What the two plans say differently, as text `name: mine -> other's`."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        """What the two plans say differently about the index's content, as text `name: mine -> other's`.
+
+        How the task was named, where its checkpoints lie and how examples were batched are not content.
+        """
+        mine, theirs = self._content(), other._content()
         return [f"{name}: {mine[name]} -> {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+    def _content(self) -> dict[str, Any]:
+        data = self.to_dict()
+        for name in ("task_spec", "task_arguments", "batch_size", "block_rows"):
+            del data[name]
+        data["checkpoints"] = [(each.name, each.learning_rate) for each in self.checkpoints]
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
