@@ -242,20 +242,21 @@ class _UntiedLayers(nn.Module):
 
     def __init__(self, layers: nn.ModuleList, num_steps: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Untied(layer, num_steps) for layer in layers)
+        self.untied = [_Untied(layer, num_steps) for layer in layers]
+        self.layers = nn.ModuleList(self.untied)
 
     def __iter__(self) -> Any:
-        return iter(self.layers)
+        return iter(self.untied)
 
     def begin(self) -> None:
-        for layer in self.layers:
+        for layer in self.untied:
             layer.begin()
 
     def gradients(self) -> Tensor:
-        return torch.cat([layer.gradients() for layer in self.layers], dim=1)
+        return torch.cat([layer.gradients() for layer in self.untied], dim=1)
 
 
-def _untie(model: nn.Module, name: str) -> Any:
+def _untie(model: Any, name: str) -> Any:
     body = getattr(model, name)
     wrapper = _UntiedLayers if isinstance(body, nn.ModuleList) else _Untied
     untied = wrapper(body, model.num_steps)

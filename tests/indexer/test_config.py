@@ -69,6 +69,7 @@ def test_a_task_is_loaded_from_a_file_by_name(tmp_path: Path) -> None:
     assert len(load_task(f"{file}:Mine", {"size": 5}).examples()) == 5
     assert not is_shipped(f"{file}:Mine")
     assert is_shipped("loopsway.tasks.parity:ParityTask")
+    assert not is_shipped("loopsway.tasks./../../evil.py:Task")
 
 
 @pytest.mark.parametrize(

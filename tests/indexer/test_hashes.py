@@ -86,6 +86,6 @@ def test_the_estimate_is_unbiased_and_its_variance_within_the_bound(kind: str) -
     bound = np.sum(a * a) * np.sum(b * b) + exact**2 + 2 * np.sum((a.T @ b) ** 2) + 2 * np.sum((a @ b.T) ** 2)
     mean, variance = np.mean(estimates), np.var(estimates, ddof=1)
     assert abs(mean - exact) < 4 * np.sqrt(variance / TRIALS), f"biased: mean {mean:.1f}, exact {exact:.1f}"
-    noise = np.sqrt((np.mean((estimates - mean) ** 4) - variance**2) / TRIALS)
+    noise = np.sqrt((np.mean((np.array(estimates) - mean) ** 4) - variance**2) / TRIALS)
     ratio = variance / (bound / WIDTH)
     assert variance - bound / WIDTH < 3 * noise, f"variance is {ratio:.2f} of its bound: columns collide too often"

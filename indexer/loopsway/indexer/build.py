@@ -21,7 +21,7 @@ from .coding import encode, rotate
 from .config import SketchConfig
 from .features import ExampleSketcher
 from .index import EXAMPLES, Index, generation_folder, open_index
-from .manifest import MANIFEST, IndexDamagedError, IndexExistsError, Manifest, Plan, file_digest, write_json
+from .manifest import MANIFEST, IndexDamagedError, IndexExistsError, Manifest, Plan, checkpoint_digests, write_json
 from .progress import BuildProgress
 from .publication import publish
 from .search import import_faiss
@@ -99,7 +99,6 @@ def _plan(task: Task, sketcher: ExampleSketcher, table: pa.Table, **kept: Any) -
     examples = task.examples()
     probe = sketcher.sketch([examples[row] for row in range(min(2, len(examples)))])
     ids = hashlib.blake2b("\0".join(table["id"].to_pylist()).encode(), digest_size=16).hexdigest()
-    files = {each.name: Path(each.path) for each in sketcher.checkpoints if each.path is not None}
     return Plan(
         fingerprint=sketcher.fingerprint,
         loop=task.loop,
@@ -109,7 +108,7 @@ def _plan(task: Task, sketcher: ExampleSketcher, table: pa.Table, **kept: Any) -
         num_examples=len(examples),
         num_steps=probe.values.shape[1],
         examples_digest=ids,
-        checkpoint_digests={name: file_digest(file) for name, file in files.items() if file.is_file()},
+        checkpoint_digests=checkpoint_digests(sketcher.checkpoints),
         **kept,
     )
 

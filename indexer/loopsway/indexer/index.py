@@ -20,7 +20,7 @@ import torch
 
 from .coding import rotate, variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
-from .manifest import IndexDamagedError, Manifest
+from .manifest import IndexDamagedError, Manifest, checkpoint_digests
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
 from .search import Slot, inner_products, open_slots
 from .store import Generation
@@ -133,6 +133,11 @@ class Index:
     def recall(self) -> dict[str, Any]:
         """What the build measured of its FAISS indices against a reading of every code."""
         return json.loads((self._folder / RECALL).read_text(encoding="utf-8"))
+
+    def changed_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+        """Names of those whose files are not the ones that the index was built from."""
+        built, now = self.manifest.plan.checkpoint_digests, checkpoint_digests(checkpoints)
+        return tuple(name for name, digest in now.items() if built.get(name, digest) != digest)
 
     def mean_losses(self) -> np.ndarray:
         """The examples' mean loss at each checkpoint, [K]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,12 @@ def sync(path: Path) -> None:
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
+    """Digests of the checkpoints' files by checkpoint name; those that name no file have none."""
+    files = {each.name: Path(each.path) for each in checkpoints if each.path is not None}
+    return {name: file_digest(file) for name, file in files.items() if file.is_file()}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

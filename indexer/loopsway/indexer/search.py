@@ -23,6 +23,7 @@ from .store import Generation
 
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 100
+DECODED_BYTES = 256 << 20  # of candidates that one search decodes at once
 
 
 class Slot:
@@ -96,6 +97,11 @@ class Slot:
             the first k and the last k are the answer.
         """
         count = min(len(self.factors), max(4 * k, k + EXTRA_CANDIDATES))
+        together = max(1, DECODED_BYTES // (2 * count * queries.shape[1] * 4))
+        parts = [queries[start : start + together] for start in range(0, len(queries), together)]
+        return [answer for part in parts for answer in self._search_part(part, count)]
+
+    def _search_part(self, queries: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         both = np.ascontiguousarray(np.concatenate([queries, -queries]))
         found = self._faiss.search(both, count)[1].reshape(2, len(queries), count)  # row numbers
         rows, places = np.unique(found, return_inverse=True)

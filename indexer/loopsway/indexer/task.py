@@ -106,8 +106,8 @@ def load_task(spec: str, arguments: Mapping[str, Any] | None = None) -> Task:
 
 
 def is_shipped(spec: str) -> bool:
-    """Whether the task is one of Loopsway's own: its code may run because an index names it."""
-    return spec.startswith(SHIPPED)
+    """Whether the task is one of Loopsway's own modules, not a file: its code may run because an index names it."""
+    return spec.startswith(SHIPPED) and not spec.rpartition(":")[0].endswith(".py")
 
 
 def _load_file(path: Path) -> Any:

@@ -1,0 +1,44 @@
+"""The Python client of a Loopsway server: `Client` blocks, `AsyncClient` awaits, and both give the same answers.
+
+Needs grpcio, protobuf and numpy alone: none of torch, faiss and zarr.
+"""
+
+from __future__ import annotations
+
+from .client import AsyncClient, Client
+from .errors import (
+    DeadlineError,
+    FailedPreconditionError,
+    InvalidQueryError,
+    LoopswayError,
+    NotFoundError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
+from .queries import ExampleQuery, IdQuery, Query, SketchQuery
+from .results import CheckpointInfo, IndexInfo, Influencer, InfluenceResult, QuerySummary, Ranking, Trajectories
+
+__all__ = [
+    "AsyncClient",
+    "CheckpointInfo",
+    "Client",
+    "DeadlineError",
+    "ExampleQuery",
+    "FailedPreconditionError",
+    "IdQuery",
+    "IndexInfo",
+    "InfluenceResult",
+    "Influencer",
+    "InvalidQueryError",
+    "LoopswayError",
+    "NotFoundError",
+    "OverloadedError",
+    "Query",
+    "QuerySummary",
+    "Ranking",
+    "ServerError",
+    "SketchQuery",
+    "Trajectories",
+    "UnavailableError",
+]

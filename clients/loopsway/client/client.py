@@ -1,0 +1,183 @@
+"""The two clients. They differ only in how they wait: requests and results are made in messages.py for both."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+
+from . import messages
+from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
+from .errors import error_from_rpc
+from .messages import Resolve, TrajectoryResolve
+from .queries import Query
+from .results import IndexInfo, InfluenceResult, Trajectories
+
+_Response = TypeVar("_Response")
+
+
+class Client:
+    """Asks a Loopsway server, and blocks until it answers. Safe to share between threads; close it, or use `with`.
+
+    Calls that reach no server are tried again a few times. Every method raises a `LoopswayError`.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Makes the client; it connects with its first call.
+
+        Args:
+            target: the server, as host:port.
+            timeout_s: the deadline of each call that names none, retries included.
+            max_message_bytes: the largest request to send and response to accept.
+        """
+        self._target = target
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(target, options=channel_options(target, max_message_bytes))
+        self._stub = AttributionStub(self._channel)
+
+    def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
+        """Describes an index; the name may be left out when the server serves exactly one."""
+        request = pb.GetIndexRequest(index=index)
+        return messages.index_info(self._call(self._stub.GetIndex, request, timeout_s))
+
+    def find_influences(
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int = 10,
+        resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> list[InfluenceResult]:
+        """The strongest proponents and opponents of each query, in total and at each step.
+
+        Args:
+            queries: one or more; asked in one call, they are sketched together.
+            k: how many proponents, and how many opponents, in each ranking.
+            resolve: whether steps are the query's, the training example's, or the same of both.
+            steps: the steps to rank. None: all.
+            index: may be left out when the server serves exactly one.
+            timeout_s: None: the client's own.
+
+        Returns:
+            One result for each query.
+        """
+        request = messages.influences_request(queries, k, resolve, steps, index)
+        return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s))
+
+    def get_trajectories(
+        self,
+        queries: Sequence[Query],
+        example_ids: Sequence[str],
+        *,
+        resolve: TrajectoryResolve = "query_step",
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> Trajectories:
+        """The influence of each of the examples on each query, step by step.
+
+        With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query.
+        """
+        request = messages.trajectories_request(queries, example_ids, resolve, index)
+        return messages.trajectories(self._call(self._stub.GetTrajectories, request, timeout_s))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Callable[..., _Response], request: Any, timeout_s: float | None) -> _Response:
+        try:
+            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, self._target) from failure
+
+
+class AsyncClient:
+    """Asks a Loopsway server from asyncio: the methods of `Client`, awaited. Use it within one event loop.
+
+    A call that is cancelled is cancelled on the server too, and costs it nothing if it was still waiting there.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Makes the client; arguments as for `Client`."""
+        self._target = target
+        self._timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(target, options=channel_options(target, max_message_bytes))
+        self._stub = AttributionStub(self._channel)
+
+    async def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
+        """As `Client.get_index`."""
+        request = pb.GetIndexRequest(index=index)
+        return messages.index_info(await self._call(self._stub.GetIndex, request, timeout_s))
+
+    async def find_influences(
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int = 10,
+        resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> list[InfluenceResult]:
+        """As `Client.find_influences`."""
+        request = messages.influences_request(queries, k, resolve, steps, index)
+        return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
+
+    async def get_trajectories(
+        self,
+        queries: Sequence[Query],
+        example_ids: Sequence[str],
+        *,
+        resolve: TrajectoryResolve = "query_step",
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> Trajectories:
+        """As `Client.get_trajectories`."""
+        request = messages.trajectories_request(queries, example_ids, resolve, index)
+        return messages.trajectories(await self._call(self._stub.GetTrajectories, request, timeout_s))
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self, method: Callable[..., Awaitable[_Response]], request: Any, timeout_s: float | None
+    ) -> _Response:
+        try:
+            return await method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, self._target) from failure

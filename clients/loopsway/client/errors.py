@@ -1,0 +1,113 @@
+"""What can go wrong, as a small tree of exceptions.
+
+LoopswayError
+├── InvalidQueryError (ValueError)       the request is wrong; `.field` names the part
+├── NotFoundError (LookupError)          no such index or example
+├── FailedPreconditionError              right in form, but not for this index (fingerprint, no model)
+├── UnavailableError (ConnectionError)   no server answers, after retries
+├── OverloadedError                      the server's queue is full; ask again after `.retry_after_s`
+├── DeadlineError (TimeoutError)         no answer within `timeout_s`
+└── ServerError                          the server failed; its log says why
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import grpc
+
+from .details import retry_delay_s, violated_field
+
+DETAILS_KEY = "grpc-status-details-bin"
+# gRPC's core writes this itself, with the status that we use for a full queue.
+TOO_LARGE = "message larger than max"
+
+
+class LoopswayError(Exception):
+    """Any failure of a call.
+
+    Attributes:
+        field: the request's field at fault, such as `queries[0].sketch.values`. None when no field is.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidQueryError(LoopswayError, ValueError):
+    """The request is wrong in itself: no server would answer it."""
+
+
+class NotFoundError(LoopswayError, LookupError):
+    """The server has no index, or the index no example, of that name."""
+
+
+class FailedPreconditionError(LoopswayError):
+    """The request can't be answered by this index as it is served now."""
+
+
+class UnavailableError(LoopswayError, ConnectionError):
+    """No server answers at the target."""
+
+
+class OverloadedError(LoopswayError):
+    """The server has more requests waiting than it admits.
+
+    Attributes:
+        retry_after_s: seconds after which the server asks to be tried again. None: it didn't say.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(LoopswayError, TimeoutError):
+    """The answer did not come in time."""
+
+
+class ServerError(LoopswayError):
+    """The server failed in a way that is not the caller's doing."""
+
+
+_PLAIN: dict[grpc.StatusCode, type[LoopswayError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidQueryError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+}
+
+
+def error_from_rpc(failure: grpc.RpcError, target: str) -> LoopswayError:
+    """The exception for a failed call to the server at `target`."""
+    code, text = failure.code(), failure.details() or "no details"
+    status = _rich_status(failure)
+    if code in _PLAIN:
+        field = violated_field(status)
+        return _PLAIN[code](text if field is None else f"{field}: {text}", field=field)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return _exhausted(text, retry_delay_s(status))
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UnavailableError(
+            f"no Loopsway server answers at {target}: start one (`loopsway serve --index PATH`) or check the target. "
+            f"gRPC says: {text}"
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(f"{target} did not answer in time; raise timeout_s or send fewer queries in one call")
+    return ServerError(f"the server at {target} failed ({code.name}): {text}; its log says why")
+
+
+def _exhausted(text: str, retry_after_s: float | None) -> LoopswayError:
+    if retry_after_s is not None:
+        return OverloadedError(f"{text}; ask again in {retry_after_s:g} s", retry_after_s=retry_after_s)
+    if TOO_LARGE in text:
+        return InvalidQueryError(f"{text}; send fewer queries or ask for fewer examples in one call")
+    return OverloadedError(f"{text}; ask again later")
+
+
+def _rich_status(failure: grpc.RpcError) -> bytes:
+    """The serialized google.rpc.Status that came with the failure; empty when none did."""
+    # Pairs, in the blocking and the asyncio library alike, though under two types.
+    metadata = cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
+    return next((value for key, value in metadata if key == DETAILS_KEY and isinstance(value, bytes)), b"")

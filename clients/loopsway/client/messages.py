@@ -1,0 +1,208 @@
+"""Requests from Python values, and results from responses: everything that the two clients share.
+
+Knows no channel. What only the server can judge (ranges, names, widths) is left to it, so that there is one judge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC
+from operator import index as index_of
+from typing import Any, Literal, SupportsIndex, get_args
+
+import numpy as np
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct, Value
+
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.tensors import from_tensor, to_tensor
+
+from .errors import InvalidQueryError
+from .queries import ExampleQuery, IdQuery, Query, SketchQuery
+from .results import CheckpointInfo, IndexInfo, Influencer, InfluenceResult, QuerySummary, Ranking, Trajectories
+
+Resolve = Literal["query_step", "train_step", "same_step"]
+TrajectoryResolve = Literal["query_step", "train_step", "same_step", "step_matrix"]
+
+_RESOLVE: dict[str, pb.ResolveMode.ValueType] = {
+    "query_step": pb.RESOLVE_MODE_QUERY_STEP,
+    "train_step": pb.RESOLVE_MODE_TRAIN_STEP,
+    "same_step": pb.RESOLVE_MODE_SAME_STEP,
+    "step_matrix": pb.RESOLVE_MODE_STEP_MATRIX,
+}
+
+
+def influences_request(
+    queries: Sequence[Query], k: int, resolve: Resolve, steps: Sequence[int] | None, index: str
+) -> pb.FindInfluencesRequest:
+    if steps is not None and not len(steps):
+        raise InvalidQueryError("steps is empty; name one or more, or leave it None for all", field="steps")
+    return pb.FindInfluencesRequest(
+        index=index,
+        queries=_queries(queries),
+        k=_int32(k, "k"),
+        resolve=_resolve(resolve, get_args(Resolve)),
+        steps=[_int32(step, f"steps[{i}]") for i, step in enumerate(() if steps is None else steps)],
+    )
+
+
+def trajectories_request(
+    queries: Sequence[Query], example_ids: Sequence[str], resolve: TrajectoryResolve, index: str
+) -> pb.GetTrajectoriesRequest:
+    if isinstance(example_ids, str):
+        raise InvalidQueryError(f"example_ids is one string; write [{example_ids!r}]", field="example_ids")
+    return pb.GetTrajectoriesRequest(
+        index=index,
+        queries=_queries(queries),
+        example_ids=example_ids,
+        resolve=_resolve(resolve, get_args(TrajectoryResolve)),
+    )
+
+
+def index_info(response: pb.GetIndexResponse) -> IndexInfo:
+    index = response.index
+    checkpoints = tuple(
+        CheckpointInfo(name=checkpoint.name, learning_rate=checkpoint.learning_rate, mean_loss=checkpoint.mean_loss)
+        for checkpoint in index.checkpoints
+    )
+    return IndexInfo(
+        name=index.name,
+        num_examples=index.example_count,
+        num_steps=index.step_count,
+        width=index.width,
+        bits=index.bits,
+        fingerprint=index.fingerprint,
+        loop_body=tuple(index.loop.body),
+        loop_marker=index.loop.marker or None,
+        checkpoints=checkpoints,
+        generation=index.generation,
+        created_at=index.create_time.ToDatetime(tzinfo=UTC),
+        size_bytes=index.size_bytes,
+        steps_without_gradient=tuple(index.steps_without_gradient),
+        recalls={recall.k: recall.mean for recall in index.recalls},
+        accepts_examples=index.accepts_examples,
+    )
+
+
+def influence_results(response: pb.FindInfluencesResponse) -> list[InfluenceResult]:
+    return [
+        InfluenceResult(
+            query=_summary(result.query),
+            total=_ranking(result.total),
+            steps=tuple(_ranking(ranking) for ranking in result.steps),
+            index=response.index,
+            generation=response.generation,
+            fingerprint=response.fingerprint,
+        )
+        for result in response.results
+    ]
+
+
+def trajectories(response: pb.GetTrajectoriesResponse) -> Trajectories:
+    return Trajectories(
+        influences=from_tensor(response.influences, dtype="float32"),
+        standard_errors=from_tensor(response.standard_errors, dtype="float32", shape=response.influences.shape),
+        queries=tuple(_summary(query) for query in response.queries),
+        index=response.index,
+        generation=response.generation,
+        fingerprint=response.fingerprint,
+    )
+
+
+def _queries(queries: Sequence[Query]) -> list[pb.Query]:
+    if isinstance(queries, ExampleQuery | IdQuery | SketchQuery):
+        raise InvalidQueryError("queries is one query; write [query]", field="queries")
+    return [_query(query, f"queries[{i}]") for i, query in enumerate(queries)]
+
+
+def _query(query: Query, field: str) -> pb.Query:
+    match query:
+        case ExampleQuery(example):
+            return pb.Query(example_json=_json(example, f"{field}.example_json"))
+        case IdQuery(example_id):
+            return pb.Query(example_id=example_id)
+        case SketchQuery():
+            return pb.Query(sketch=_sketch(query, f"{field}.sketch.values"))
+        case _:  # pyright: ignore[reportUnnecessaryComparison]  # callers without a type checker
+            kind = type(query).__name__
+            raise InvalidQueryError(
+                f"{field} is a {kind}, expected an ExampleQuery, IdQuery or SketchQuery", field=field
+            )
+
+
+def _json(example: object, field: str) -> str:
+    try:
+        return json.dumps(example, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidQueryError(f"{field}: the example can't be written as JSON: {error}", field=field) from error
+
+
+def _sketch(query: SketchQuery, field: str) -> pb.Sketch:
+    try:
+        values = np.asarray(query.values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidQueryError(f"{field}: not an array of numbers: {error}", field=field) from error
+    return pb.Sketch(fingerprint=query.fingerprint, values=to_tensor(values))
+
+
+def _int32(value: SupportsIndex, field: str) -> int:
+    try:
+        whole = index_of(value)
+    except TypeError as error:
+        raise InvalidQueryError(f"{field} is {value!r}, expected a whole number", field=field) from error
+    if not -(1 << 31) <= whole < 1 << 31:
+        raise InvalidQueryError(f"{field} is {whole}, expected a whole number of 32 bits", field=field)
+    return whole
+
+
+def _resolve(resolve: str, allowed: tuple[str, ...]) -> pb.ResolveMode.ValueType:
+    if resolve not in allowed:
+        raise InvalidQueryError(f"resolve is {resolve!r}, expected one of {', '.join(allowed)}", field="resolve")
+    return _RESOLVE[resolve]
+
+
+def _summary(query: pb.QuerySummary) -> QuerySummary:
+    return QuerySummary(
+        num_steps=query.step_count,
+        losses=tuple(query.losses),
+        steps_without_gradient=tuple(query.steps_without_gradient),
+    )
+
+
+def _ranking(ranking: pb.Ranking) -> Ranking:
+    return Ranking(
+        step=ranking.step if ranking.HasField("step") else None,
+        proponents=tuple(_influencer(influencer) for influencer in ranking.proponents),
+        opponents=tuple(_influencer(influencer) for influencer in ranking.opponents),
+    )
+
+
+def _influencer(influencer: pb.Influencer) -> Influencer:
+    return Influencer(
+        example_id=influencer.example_id,
+        description=influencer.description,
+        metadata=_metadata(influencer.metadata),
+        influence=influencer.influence,
+        standard_error=influencer.standard_error,
+    )
+
+
+def _metadata(struct: Struct) -> dict[str, Any]:
+    return {key: _plain(struct.fields[key]) for key in sorted(struct.fields)}
+
+
+def _plain(value: Value) -> Any:
+    match value.WhichOneof("kind"):
+        case "number_value":
+            # A Struct has one kind of number; a count should not come back as 3.0.
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "null_value" | None:
+            return None
+        case _:
+            return MessageToDict(value)

@@ -1,0 +1,139 @@
+"""What a server answers, as frozen dataclasses of plain Python values and numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """One checkpoint of an index.
+
+    Attributes:
+        name: unique in its index.
+        learning_rate: the weight of its influences.
+        mean_loss: over the index's examples.
+    """
+
+    name: str
+    learning_rate: float
+    mean_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """What an index holds and what it can be asked.
+
+    Attributes:
+        fingerprint: of the sketches' construction; a `SketchQuery` must carry the same.
+        loop_marker: the module whose calls begin a step. None: the body's first module to be entered.
+        generation: the published generation that is served, from 1.
+        steps_without_gradient: steps that training runs without a gradient; their influences are 0 by construction.
+        recalls: k -> part of the exact top k that the index's search returned when it was built, 0 to 1.
+        accepts_examples: False when it is served without its model, and answers sketches only.
+    """
+
+    name: str
+    num_examples: int
+    num_steps: int
+    width: int
+    bits: int
+    fingerprint: str
+    loop_body: tuple[str, ...]
+    loop_marker: str | None
+    checkpoints: tuple[CheckpointInfo, ...]
+    generation: int
+    created_at: datetime
+    size_bytes: int
+    steps_without_gradient: tuple[int, ...]
+    recalls: Mapping[int, float]
+    accepts_examples: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuerySummary:
+    """What the server found out about a query.
+
+    Attributes:
+        losses: the query's loss at each checkpoint. Empty for a `SketchQuery`.
+        steps_without_gradient: its steps that training runs without a gradient. Empty for a `SketchQuery`.
+    """
+
+    num_steps: int
+    losses: tuple[float, ...]
+    steps_without_gradient: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influencer:
+    """One training example and its influence.
+
+    Attributes:
+        influence: signed, in units of loss; positive for a proponent.
+        standard_error: of the influence, from sketching and coding.
+    """
+
+    example_id: str
+    description: str
+    metadata: Mapping[str, Any]
+    influence: float
+    standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The strongest proponents and opponents, each strongest first.
+
+    Attributes:
+        step: the step they are for. None: the whole loop.
+    """
+
+    step: int | None
+    proponents: tuple[Influencer, ...]
+    opponents: tuple[Influencer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceResult:
+    """The answer to one query.
+
+    Attributes:
+        total: the ranking by TracIn, over the whole loop.
+        steps: a ranking for each step asked for, ascending.
+        index: the name of the index that answered.
+        generation: the generation of it that answered.
+    """
+
+    query: QuerySummary
+    total: Ranking
+    steps: tuple[Ranking, ...]
+    index: str
+    generation: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectories:
+    """The influence of each asked example on each query, step by step.
+
+    Attributes:
+        influences: float32, [queries, examples, steps]; [queries, examples, example's steps, query's steps] for
+            "step_matrix". Read-only.
+        standard_errors: of the influences; the same shape.
+        queries: one for each query.
+        index: the name of the index that answered.
+        generation: the generation of it that answered.
+    """
+
+    influences: NDArray[np.float32]
+    standard_errors: NDArray[np.float32]
+    queries: tuple[QuerySummary, ...]
+    index: str
+    generation: int
+    fingerprint: str

@@ -1,0 +1,130 @@
+"""Requests to Python values, checked: the door where everything from the network is looked at once.
+
+What stands behind it trusts the values. Each refusal names the field, in the proto's names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from loopsway.indexer import Index
+from loopsway.indexer.config import Resolve
+from loopsway.indexer.index import TrajectoryResolve
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.tensors import from_tensor
+
+from .errors import InvalidFieldError, PreconditionError
+from .queries import ExampleQuery, IdQuery, Query, SketchQuery
+from .settings import Settings
+
+DEFAULT_K = 10
+_RESOLVE: dict[int, TrajectoryResolve] = {
+    pb.RESOLVE_MODE_UNSPECIFIED: "query_step",
+    pb.RESOLVE_MODE_QUERY_STEP: "query_step",
+    pb.RESOLVE_MODE_TRAIN_STEP: "train_step",
+    pb.RESOLVE_MODE_SAME_STEP: "same_step",
+    pb.RESOLVE_MODE_STEP_MATRIX: "step_matrix",
+}
+
+
+def queries_from(queries: Sequence[pb.Query], index: Index, settings: Settings) -> list[Query]:
+    """The request's queries, at least one."""
+    if not queries:
+        raise InvalidFieldError("queries is empty, expected at least one", field="queries")
+    if len(queries) > settings.max_queries:
+        raise InvalidFieldError(
+            f"{len(queries)} queries, expected at most {settings.max_queries} in one request", field="queries"
+        )
+    return [_query(query, f"queries[{i}]", index, settings) for i, query in enumerate(queries)]
+
+
+def k_from(request: pb.FindInfluencesRequest, settings: Settings) -> int:
+    k = request.k if request.HasField("k") else DEFAULT_K
+    if not 1 <= k <= settings.max_k:
+        raise InvalidFieldError(f"k is {k}, expected 1 to {settings.max_k}, or unset for {DEFAULT_K}", field="k")
+    return k
+
+
+def resolve_from(resolve: int) -> Resolve:
+    """How to rank."""
+    mode = trajectory_resolve_from(resolve)
+    if mode == "step_matrix":
+        raise InvalidFieldError(
+            "resolve is RESOLVE_MODE_STEP_MATRIX, which has no ranking; ask GetTrajectories", field="resolve"
+        )
+    return mode
+
+
+def trajectory_resolve_from(resolve: int) -> TrajectoryResolve:
+    mode = _RESOLVE.get(resolve)
+    if mode is None:
+        raise InvalidFieldError(f"resolve is {resolve}, which is no ResolveMode of this server", field="resolve")
+    return mode
+
+
+def steps_from(steps: Sequence[int]) -> list[int] | None:
+    """The steps to rank; None for all. Whether the loop is that long is known only once the query is resolved."""
+    for i, step in enumerate(steps):
+        if step < 0:
+            raise InvalidFieldError(f"step is {step}, expected >= 0", field=f"steps[{i}]")
+        if step in steps[:i]:
+            raise InvalidFieldError(f"step {step} is named twice", field=f"steps[{i}]")
+    return sorted(steps) or None
+
+
+def example_ids_from(example_ids: Sequence[str], settings: Settings) -> list[str]:
+    if not 1 <= len(example_ids) <= settings.max_example_ids:
+        raise InvalidFieldError(
+            f"{len(example_ids)} example ids, expected 1 to {settings.max_example_ids}", field="example_ids"
+        )
+    return list(example_ids)
+
+
+def _query(query: pb.Query, field: str, index: Index, settings: Settings) -> Query:
+    match query.WhichOneof("source"):
+        case "example_json":
+            return ExampleQuery(obj=_json(query.example_json, f"{field}.example_json"), field=f"{field}.example_json")
+        case "example_id":
+            return IdQuery(example_id=query.example_id, field=f"{field}.example_id")
+        case "sketch":
+            return _sketch(query.sketch, f"{field}.sketch", index, settings)
+        case _:
+            raise InvalidFieldError("the query is empty, expected example_json, example_id or sketch", field=field)
+
+
+def _json(text: str, field: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidFieldError(f"not JSON: {error}", field=field) from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _sketch(sketch: pb.Sketch, field: str, index: Index, settings: Settings) -> SketchQuery:
+    # First, as another construction often has another width too, and is the better explanation.
+    if sketch.fingerprint != index.fingerprint:
+        raise PreconditionError(
+            f"the sketch's fingerprint is {sketch.fingerprint!r}, index {index.name} has {index.fingerprint!r}: it was "
+            "made with another seed, width, loop or other checkpoints; sketch the query with the index's own",
+            field=f"{field}.fingerprint",
+        )
+    where = f"{field}.values"
+    try:
+        values = from_tensor(sketch.values, dtype="float32", shape=[None, index.width])
+    except ValueError as error:
+        raise InvalidFieldError(f"{error} (steps, width of index {index.name})", field=where) from error
+    if not 1 <= len(values) <= settings.max_steps:
+        raise InvalidFieldError(f"the sketch has {len(values)} steps, expected 1 to {settings.max_steps}", field=where)
+    if not np.isfinite(values).all():
+        step, column = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise InvalidFieldError(
+            f"value [{step}, {column}] is {values[step, column]}, expected finite numbers", field=where
+        )
+    return SketchQuery(values=values)

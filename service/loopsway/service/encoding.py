@@ -1,0 +1,119 @@
+"""Answers to response messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from google.protobuf.struct_pb2 import Struct
+
+from loopsway.indexer import Index, Influencers, Ranked
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.tensors import to_tensor
+
+from .engine import Engine, Influences, Trajectories
+from .queries import ResolvedQuery
+
+# Beyond it, a double skips whole numbers.
+MAX_EXACT_INTEGER = 1 << 53
+
+
+def index_response(engine: Engine) -> pb.GetIndexResponse:
+    index = engine.index
+    message = pb.Index(
+        name=index.name,
+        example_count=index.num_examples,
+        step_count=index.num_steps,
+        width=index.width,
+        bits=index.bits,
+        fingerprint=index.fingerprint,
+        loop=pb.Loop(body=index.loop.body, marker=index.loop.marker or ""),
+        checkpoints=[
+            pb.Checkpoint(name=checkpoint.name, learning_rate=checkpoint.learning_rate, mean_loss=float(loss))
+            for checkpoint, loss in zip(index.checkpoints, index.mean_losses(), strict=True)
+        ],
+        generation=index.generation,
+        size_bytes=index.size_bytes,
+        steps_without_gradient=index.steps_without_gradient,
+        recalls=_recalls(index.recall),
+        accepts_examples=engine.accepts_examples,
+    )
+    message.create_time.FromDatetime(datetime.fromisoformat(index.created_at))
+    return pb.GetIndexResponse(index=message)
+
+
+def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindInfluencesResponse:
+    # An example that is strong at one step is strong at many: read each once.
+    facts: dict[int, pb.Influencer] = {}
+    ranking = partial(_ranking_message, index=index, facts=facts)
+    results = [
+        pb.QueryInfluences(
+            query=_query_message(answer.query),
+            total=ranking(answer.ranking.total),
+            steps=[ranking(step) for step in answer.ranking.steps],
+        )
+        for answer in answers
+    ]
+    return pb.FindInfluencesResponse(
+        results=results, index=index.name, generation=index.generation, fingerprint=index.fingerprint
+    )
+
+
+def trajectories_response(answer: Trajectories, index: Index) -> pb.GetTrajectoriesResponse:
+    return pb.GetTrajectoriesResponse(
+        influences=to_tensor(answer.influences),
+        standard_errors=to_tensor(answer.standard_errors),
+        queries=[_query_message(query) for query in answer.queries],
+        index=index.name,
+        generation=index.generation,
+        fingerprint=index.fingerprint,
+    )
+
+
+def metadata_struct(metadata: Mapping[str, Any]) -> Struct:
+    """The metadata as a Struct; an integer that a double can't hold becomes a decimal string."""
+    struct = Struct()
+    struct.update({key: _exact(value) for key, value in metadata.items()})
+    return struct
+
+
+def _exact(value: Any) -> Any:
+    is_big = isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER
+    return str(value) if is_big else value
+
+
+def _recalls(recall: Mapping[str, Any]) -> list[pb.Recall]:
+    found = ((re.fullmatch(r"recall@(\d+)", key), value) for key, value in recall.items())
+    recalls = [pb.Recall(k=int(match[1]), mean=value) for match, value in found if match]
+    return sorted(recalls, key=lambda recall: recall.k)
+
+
+def _query_message(query: ResolvedQuery) -> pb.QuerySummary:
+    return pb.QuerySummary(
+        step_count=query.num_steps, losses=query.losses, steps_without_gradient=query.steps_without_gradient
+    )
+
+
+def _ranking_message(influencers: Influencers, *, index: Index, facts: dict[int, pb.Influencer]) -> pb.Ranking:
+    encode = partial(_ranked_messages, index=index, facts=facts)
+    return pb.Ranking(
+        step=influencers.step, proponents=encode(influencers.proponents), opponents=encode(influencers.opponents)
+    )
+
+
+def _ranked_messages(ranked: Ranked, *, index: Index, facts: dict[int, pb.Influencer]) -> list[pb.Influencer]:
+    messages: list[pb.Influencer] = []
+    columns = (ranked.rows.tolist(), ranked.influences.tolist(), ranked.standard_errors.tolist())
+    for row, influence, standard_error in zip(*columns, strict=True):
+        if row not in facts:
+            example = index.example(row)
+            facts[row] = pb.Influencer(
+                example_id=example.id, description=example.description, metadata=metadata_struct(example.metadata)
+            )
+        message = pb.Influencer(influence=influence, standard_error=standard_error)
+        message.MergeFrom(facts[row])
+        messages.append(message)
+    return messages

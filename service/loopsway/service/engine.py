@@ -1,0 +1,246 @@
+"""One served index: resolves queries into sketches, then searches.
+
+Q queries, n examples, S steps, W width. Lives in one event loop; searches run in threads beside it, the model in its
+own (model.py). Knows no gRPC and no messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopsway.indexer import Index, IndexDamagedError, Ranking
+from loopsway.indexer.config import Resolve
+from loopsway.indexer.index import TrajectoryResolve
+
+from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnknownNameError
+from .model import ModelQuery, QueryModel
+from .queries import Query, ResolvedQuery, SketchQuery
+from .settings import Settings
+
+_Result = TypeVar("_Result")
+
+# Memory that one GetTrajectories may take for decoded rows.
+DECODED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Influences:
+    """One query's answer: what it was resolved to, and its rankings."""
+
+    query: ResolvedQuery
+    ranking: Ranking
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectories:
+    """The answer for all queries of one request.
+
+    Attributes:
+        influences: float32 [Q, n, S], or [Q, n, S_train, S_query] for "step_matrix".
+        standard_errors: the same shape.
+    """
+
+    queries: Sequence[ResolvedQuery]
+    influences: NDArray[np.float32]
+    standard_errors: NDArray[np.float32]
+
+
+class Engine:
+    """Answers queries from one index. Use it within one event loop, and close it.
+
+    Args:
+        index: open; it is read from several threads.
+        model: for queries that are examples. None: sketches only.
+        settings: the limits.
+
+    Attributes:
+        index: that it answers from.
+        num_admitted: requests that run or wait now.
+    """
+
+    def __init__(self, index: Index, model: QueryModel | None = None, *, settings: Settings | None = None) -> None:
+        self.index = index
+        self._model = model
+        self._settings = settings or Settings()
+        self.num_admitted = 0
+        self._threads = ThreadPoolExecutor(
+            self._settings.search_threads, thread_name_prefix=f"search-{self.index.name}"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.index.name
+
+    @property
+    def accepts_examples(self) -> bool:
+        return self._model is not None
+
+    async def find_influences(
+        self, queries: Sequence[Query], *, k: int, resolve: Resolve, steps: Sequence[int] | None
+    ) -> list[Influences]:
+        """Ranks the index's examples for each query; arguments as for `Index.search`.
+
+        Raises:
+            RequestError: the request can't be answered, or not now.
+        """
+        with self._place():
+            resolved = await self._resolve(queries)
+            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps))
+        return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
+
+    async def trajectories(
+        self, queries: Sequence[Query], example_ids: Sequence[str], resolve: TrajectoryResolve
+    ) -> Trajectories:
+        """Influences of the examples on each query, step by step; arguments as for `Index.trajectories`.
+
+        Raises:
+            RequestError: the request can't be answered, or not now.
+        """
+        self._check_ids(example_ids)
+        with self._place():
+            resolved = await self._resolve(queries)
+            self._check_size(resolved, len(example_ids), resolve)
+            influences, errors = await self._in_thread(lambda: self._trajectories(resolved, example_ids, resolve))
+        return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
+
+    async def warm_up(self) -> None:
+        """Answers one query of each kind, so that files are read and first-call costs are paid before requests."""
+        if self._model is not None:
+            query = await self._model.warm_up()
+        else:
+            noise = np.random.default_rng(0).standard_normal((self.index.num_steps, self.index.width))
+            query = ResolvedQuery(sketch=noise.astype(np.float32))
+        example_ids = [self.index.example(0).id]
+        await self._in_thread(lambda: self._search([query], 1, "query_step", None))
+        await self._in_thread(lambda: self._search([query], 1, "train_step", None))
+        await self._in_thread(lambda: self._trajectories([query], example_ids, "query_step"))
+
+    def close(self) -> None:
+        """Waits for running work; drops waiting work."""
+        if self._model is not None:
+            self._model.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among the admitted requests, one of which runs while the others wait."""
+        if self.num_admitted > self._settings.max_waiting:
+            raise QueueFullError(
+                f"index {self.name} has {self._settings.max_waiting} requests waiting, as many as it admits",
+                retry_after_s=self._settings.retry_after_s,
+            )
+        self.num_admitted += 1
+        try:
+            yield
+        finally:
+            self.num_admitted -= 1
+
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _resolve(self, queries: Sequence[Query]) -> list[ResolvedQuery]:
+        resolved: list[ResolvedQuery | None] = [
+            ResolvedQuery(sketch=query.values) if isinstance(query, SketchQuery) else None for query in queries
+        ]
+        examples = {i: query for i, query in enumerate(queries) if not isinstance(query, SketchQuery)}
+        if examples:
+            sketched = await self._sketch(list(examples.values()))
+            for i, query in zip(examples, sketched, strict=True):
+                resolved[i] = query
+        return [query for query in resolved if query is not None]
+
+    async def _sketch(self, queries: Sequence[ModelQuery]) -> list[ResolvedQuery]:
+        if self._model is None:
+            raise PreconditionError(
+                f"index {self.name} is served without its model, and answers sketches only; serve it with its task "
+                "(`loopsway serve --index ... --task ...`), or send a sketch",
+                field=queries[0].field,
+            )
+        return await self._model.resolve(queries)
+
+    def _search(
+        self, queries: Sequence[ResolvedQuery], k: int, resolve: Resolve, steps: Sequence[int] | None
+    ) -> list[Ranking]:
+        rankings: dict[int, Ranking] = {}
+        for rows in _by_steps(queries):
+            sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
+            # Each field was checked before it came here: what is left is steps that the query doesn't have.
+            with _refusing("steps" if steps else "resolve"):
+                rankings |= zip(rows, self.index.search(sketches, k=k, resolve=resolve, steps=steps), strict=True)
+        return [rankings[row] for row in range(len(queries))]
+
+    def _trajectories(
+        self, queries: Sequence[ResolvedQuery], example_ids: Sequence[str], resolve: TrajectoryResolve
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        groups = _by_steps(queries)
+        if len(groups) > 1 and resolve != "train_step":
+            counts = sorted({query.num_steps for query in queries})
+            raise InvalidFieldError(
+                f"the queries have different numbers of steps, {counts}, which one tensor can't hold; ask for them "
+                "in separate requests",
+                field="queries",
+            )
+        results: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        for rows in groups:
+            sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
+            with _refusing("resolve"):
+                influences, errors = self._measure(sketches, example_ids, resolve)
+            results |= zip(rows, zip(influences, errors, strict=True), strict=True)
+        ordered = [results[row] for row in range(len(queries))]
+        return np.stack([influence for influence, _ in ordered]), np.stack([error for _, error in ordered])
+
+    def _measure(
+        self, sketches: NDArray[np.float32], example_ids: Sequence[str], resolve: TrajectoryResolve
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Influences and standard errors, a block of examples at a time: the index decodes all it is asked for."""
+        slots = 1 if resolve == "query_step" else self.index.num_steps
+        size = max(1, DECODED_BYTES // (slots * self.index.width * 4))
+        blocks = [example_ids[start : start + size] for start in range(0, len(example_ids), size)]
+        measured = [self.index.trajectories_with_errors(sketches, block, resolve) for block in blocks]
+        influences, errors = zip(*measured, strict=True)
+        return np.concatenate(influences, axis=1), np.concatenate(errors, axis=1)
+
+    def _check_ids(self, example_ids: Sequence[str]) -> None:
+        for i, example_id in enumerate(example_ids):
+            try:
+                self.index.row_of(example_id)
+            except LookupError as error:
+                raise UnknownNameError(str(error), field=f"example_ids[{i}]") from error
+
+    def _check_size(self, queries: Sequence[ResolvedQuery], num_examples: int, resolve: str) -> None:
+        steps = max(query.num_steps for query in queries) if resolve != "train_step" else self.index.num_steps
+        slots = steps * self.index.num_steps if resolve == "step_matrix" else steps
+        size = 2 * 4 * len(queries) * num_examples * slots  # influences and standard errors, float32
+        if size > self._settings.max_message_bytes:
+            raise InvalidFieldError(
+                f"{len(queries)} queries x {num_examples} examples x {slots} numbers are {size} bytes, expected at "
+                f"most {self._settings.max_message_bytes}: ask for fewer in one request",
+                field="example_ids",
+            )
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    """What the index refuses with a ValueError is the request's fault, unless the index itself is damaged."""
+    try:
+        yield
+    except IndexDamagedError:
+        raise
+    except ValueError as error:
+        raise InvalidFieldError(str(error), field=field) from error
+
+
+def _by_steps(queries: Sequence[ResolvedQuery]) -> list[list[int]]:
+    """Positions of the queries, in groups of equal numbers of steps: one array can hold each."""
+    groups: dict[int, list[int]] = {}
+    for position, query in enumerate(queries):
+        groups.setdefault(query.num_steps, []).append(position)
+    return list(groups.values())

@@ -1,0 +1,46 @@
+"""What a request can be refused for. servicer.py gives each its status code; nothing here knows gRPC.
+
+RequestError
+├── InvalidFieldError (ValueError)    wrong in itself
+├── UnknownNameError (LookupError)    no such index or example
+├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
+└── QueueFullError (RuntimeError)     too many requests are waiting
+"""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """A refused request.
+
+    Attributes:
+        field: the request's field at fault, in the proto's names, such as `queries[0].sketch.values`; "" for none.
+    """
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidFieldError(RequestError, ValueError):
+    """A field's value is wrong for any server."""
+
+
+class UnknownNameError(RequestError, LookupError):
+    """A field names an index or an example that is not here."""
+
+
+class PreconditionError(RequestError, RuntimeError):
+    """The index, as it is served now, can't answer this."""
+
+
+class QueueFullError(RequestError, RuntimeError):
+    """The index has as many requests waiting as it admits.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,173 @@
+"""The process around the service: listening, health, reflection, and an orderly end.
+
+A server is SERVING, by gRPC's health protocol, once every index has answered a first query of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
+
+from .engine import Engine
+from .servicer import Servicer
+from .settings import Settings
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Attribution"].full_name
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """A bound server; `start` makes it answer, `stop` ends it. Made by `create_server`."""
+
+    def __init__(self, engines: Sequence[Engine], settings: Settings) -> None:
+        self._engines, self._settings = tuple(engines), settings
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                # Two servers that share a port would each answer some of the requests.
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        add_AttributionServicer_to_server(Servicer({engine.name: engine for engine in engines}, settings), self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+
+    @property
+    def health_names(self) -> tuple[str, ...]:
+        """What health can be asked for: "" and the service for all, or one index by its name."""
+        return ("", SERVICE, *(engine.name for engine in self._engines))
+
+    def bind(self) -> int:
+        host, port = self._settings.host, self._settings.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return self._grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {address}: the port is taken, or the address isn't this machine's; "
+                          "port 0 picks a free one") from error  # fmt: skip
+
+    async def start(self) -> None:
+        """Listens, warms every index up, then reports SERVING."""
+        await self._report(self.health_names, serving=False)
+        await self._grpc.start()
+        for engine in self._engines:
+            await engine.warm_up()
+            await self._report([engine.name], serving=True)
+        await self._report(["", SERVICE], serving=True)
+
+    async def stop(self) -> None:
+        """Refuses new requests, gives running ones `grace_s` to finish, then closes the engines."""
+        await self._health.enter_graceful_shutdown()
+        await self._grpc.stop(self._settings.grace_s)
+        for engine in self._engines:
+            await asyncio.to_thread(engine.close)
+
+    async def _report(self, names: Sequence[str], *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in names:
+            await self._health.set(name, status)
+
+
+def create_server(engines: Sequence[Engine], settings: Settings | None = None) -> tuple[Server, int]:
+    """A server, bound but not yet answering, and its port. Call it within the event loop that will run it.
+
+    Raises:
+        ValueError: two indices share a name, or the host would expose the server.
+        OSError: the port can't be had.
+    """
+    settings = settings or Settings()
+    names = sorted(engine.name for engine in engines)
+    if not names:
+        raise ValueError("no indices to serve; give at least one")
+    if len(set(names)) < len(names):
+        raise ValueError(f"the indices are named {', '.join(names)}: each needs its own name; rename a folder")
+    if not settings.insecure_bind and not _is_loopback(settings.host):
+        raise ValueError(
+            f"host {settings.host} is not loopback, and without TLS everybody who reaches it could ask: use 127.0.0.1 "
+            "(and a tunnel or proxy in front), or set insecure_bind if the network is trusted"
+        )
+    server = Server(engines, settings)
+    return server, server.bind()
+
+
+def serve(engines: Sequence[Engine], settings: Settings | None = None, *, ready_file: Path | None = None) -> None:
+    """Serves the engines until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
+
+    Args:
+        engines: of `load_engine`; closed at the end.
+        settings: the limits and the address.
+        ready_file: is written, whole, once the server is SERVING: JSON with "port" and "pid"; removed at the end.
+            A file that is there already is removed first.
+
+    Raises:
+        ValueError: as `create_server`.
+        OSError: as `create_server`.
+    """
+    # Nothing changes where the caller has set logging up.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    asyncio.run(_serve(engines, settings or Settings(), ready_file))
+
+
+async def _serve(engines: Sequence[Engine], settings: Settings, ready_file: Path | None) -> None:
+    server, port = create_server(engines, settings)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)
+    try:
+        await _start_unless(server, stopping)
+        if not stopping.is_set():
+            names = ", ".join(engine.name for engine in engines)
+            print(f"serving {names} on {settings.host}:{port}", flush=True)
+            if ready_file is not None:
+                _write_ready(ready_file, port)
+        await stopping.wait()
+        _log.info("stopping: running requests have %g s to finish", settings.grace_s)
+    finally:
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)
+        await server.stop()
+
+
+async def _start_unless(server: Server, stopping: asyncio.Event) -> None:
+    """Starts the server; gives up its warm-up when it is told to stop meanwhile."""
+    starting, stop = asyncio.ensure_future(server.start()), asyncio.ensure_future(stopping.wait())
+    await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if starting.done():
+        starting.result()
+    else:
+        starting.cancel()
+
+
+def _write_ready(path: Path, port: int) -> None:
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_text(json.dumps({"port": port, "pid": os.getpid()}))
+    whole.replace(path)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

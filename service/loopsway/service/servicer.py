@@ -1,0 +1,182 @@
+"""The Attribution service: each method decodes, asks the engine, encodes. The only file that knows status codes.
+
+InvalidFieldError: INVALID_ARGUMENT. UnknownNameError: NOT_FOUND. PreconditionError: FAILED_PRECONDITION.
+QueueFullError: RESOURCE_EXHAUSTED with RetryInfo. Anything else is ours: INTERNAL, logged, nothing of it in the text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionServicer
+
+from . import decoding, encoding
+from .engine import Engine
+from .errors import InvalidFieldError, PreconditionError, QueueFullError, RequestError, UnknownNameError
+from .settings import Settings
+
+_log = logging.getLogger(__name__)
+_Response = TypeVar("_Response", bound=Message)
+
+_CODES: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidFieldError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownNameError: grpc.StatusCode.NOT_FOUND,
+    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+# An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
+MAX_TEXT_BYTES = 1000
+
+
+class Servicer(AttributionServicer):
+    """Answers from the engines, by their names.
+
+    Args:
+        engines: name -> engine; at least one.
+        settings: the limits.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], settings: Settings) -> None:
+        self._engines = dict(engines)
+        self._settings = settings
+
+    async def GetIndex(  # noqa: N802  # the proto's name
+        self, request: pb.GetIndexRequest, context: Any
+    ) -> pb.GetIndexResponse:
+        async def answer() -> pb.GetIndexResponse:
+            # Its size is measured on disk.
+            return await asyncio.to_thread(encoding.index_response, self._engine(request.index))
+
+        return await self._answer("GetIndex", request.index, 0, context, answer)
+
+    async def FindInfluences(  # noqa: N802  # the proto's name
+        self, request: pb.FindInfluencesRequest, context: Any
+    ) -> pb.FindInfluencesResponse:
+        return await self._answer(
+            "FindInfluences", request.index, len(request.queries), context, lambda: self._find_influences(request)
+        )
+
+    async def GetTrajectories(  # noqa: N802  # the proto's name
+        self, request: pb.GetTrajectoriesRequest, context: Any
+    ) -> pb.GetTrajectoriesResponse:
+        return await self._answer(
+            "GetTrajectories", request.index, len(request.queries), context, lambda: self._get_trajectories(request)
+        )
+
+    async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
+        engine, settings = self._engine(request.index), self._settings
+        k = decoding.k_from(request, settings)
+        resolve = decoding.resolve_from(request.resolve)
+        steps = decoding.steps_from(request.steps)
+        queries = decoding.queries_from(request.queries, engine.index, settings)
+        answers = await engine.find_influences(queries, k=k, resolve=resolve, steps=steps)
+        count = sum(
+            len(ranked.example_ids)
+            for answer in answers
+            for ranking in (answer.ranking.total, *answer.ranking.steps)
+            for ranked in (ranking.proponents, ranking.opponents)
+        )
+        if count > settings.max_influencers:
+            raise InvalidFieldError(
+                f"the answer has {count} influencers, expected at most {settings.max_influencers}: lower k, name "
+                "fewer steps, or send fewer queries in one request",
+                field="k",
+            )
+        response = await asyncio.to_thread(encoding.influences_response, answers, engine.index)
+        return self._fitting(response, "k")
+
+    async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
+        engine, settings = self._engine(request.index), self._settings
+        resolve = decoding.trajectory_resolve_from(request.resolve)
+        example_ids = decoding.example_ids_from(request.example_ids, settings)
+        queries = decoding.queries_from(request.queries, engine.index, settings)
+        answer = await engine.trajectories(queries, example_ids, resolve)
+        return self._fitting(encoding.trajectories_response(answer, engine.index), "example_ids")
+
+    def _engine(self, name: str) -> Engine:
+        if not name and len(self._engines) == 1:
+            return next(iter(self._engines.values()))
+        if not name:
+            raise InvalidFieldError(
+                f"index is empty, and this server has several: {_listed(self._engines)}", field="index"
+            )
+        if name not in self._engines:
+            raise UnknownNameError(f"this server has no index {name!r}, only {_listed(self._engines)}", field="index")
+        return self._engines[name]
+
+    def _fitting(self, response: _Response, field: str) -> _Response:
+        size, limit = response.ByteSize(), self._settings.max_message_bytes
+        if size > limit:
+            raise InvalidFieldError(
+                f"the answer is {size} bytes, expected at most {limit}: ask for less in one request", field=field
+            )
+        return response
+
+    async def _answer(
+        self, method: str, index: str, queries: int, context: Any, answer: Callable[[], Awaitable[_Response]]
+    ) -> _Response:
+        """Runs `answer`, writes its line in the log, and gives a failure its status."""
+        start, code = time.monotonic(), "CANCELLED"
+        try:
+            response = await answer()
+            code = "OK"
+            return response
+        except RequestError as error:
+            code = _CODES[type(error)].name
+            await _refuse(context, error)
+        except Exception:
+            code = "INTERNAL"
+            _log.exception("%s failed", method)
+            await _abort(context, grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+        finally:
+            seconds = time.monotonic() - start
+            _log.info("method=%s index=%r queries=%d seconds=%.4f code=%s", method, index, queries, seconds, code)
+
+
+async def _refuse(context: Any, error: RequestError) -> NoReturn:
+    text = _shortened(str(error))
+    details: list[Message] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, QueueFullError):
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    code = _CODES[type(error)]
+    status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=text, details=_packed(details)))
+    await _abort(context, code, text, status.trailing_metadata)
+
+
+async def _abort(context: Any, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()) -> NoReturn:
+    await context.abort(code, text, trailing_metadata=trailing_metadata)
+    raise AssertionError("abort raises")
+
+
+def _packed(details: Sequence[Message]) -> list[AnyMessage]:
+    packed = [AnyMessage() for _ in details]
+    for message, detail in zip(packed, details, strict=True):
+        message.Pack(detail)
+    return packed
+
+
+def _shortened(text: str) -> str:
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= MAX_TEXT_BYTES else data[:MAX_TEXT_BYTES].decode("utf-8", "ignore") + "..."
+
+
+def _listed(engines: Mapping[str, Engine]) -> str:
+    return ", ".join(sorted(engines))

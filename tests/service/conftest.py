@@ -1,0 +1,62 @@
+"""A small real index, and real servers of it on free ports of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from loopsway.indexer import ExampleSketcher, Index, build_index, load_task, open_index
+from loopsway.service import Settings
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import CONFIG, QUERIES, TASK_SPEC, Served, new_engine, running
+
+
+@pytest.fixture(scope="session")
+def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("indices") / "tiny.index"
+    build_index(load_task(TASK_SPEC), path, CONFIG, task_spec=TASK_SPEC, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def index(index_path: Path) -> Index:
+    return open_index(index_path)
+
+
+@pytest.fixture(scope="session")
+def sketcher(index: Index) -> ExampleSketcher:
+    return ExampleSketcher(load_task(TASK_SPEC), index.config)
+
+
+@pytest.fixture(scope="session")
+def sketches(sketcher: ExampleSketcher) -> np.ndarray:
+    """Of QUERIES, float32 [4, 3, 256]."""
+    task = load_task(TASK_SPEC)
+    return sketcher.sketch([task.example_from_json(query) for query in QUERIES]).values.numpy()
+
+
+@pytest.fixture(scope="module")
+def serve(index_path: Path) -> Iterator[Callable[..., Served]]:
+    """Starts servers that end with the module: `serve(model=True, **settings)`."""
+    with ExitStack() as stack:
+
+        def start(*, model: bool = True, **limits: Any) -> Served:
+            settings = Settings(**{"port": 0, "grace_s": 1.0} | limits)
+            engine, task = new_engine(index_path, settings, model=model)
+            target = f"127.0.0.1:{stack.enter_context(running([engine], settings))}"
+            channel = stack.enter_context(grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]))
+            return Served(target=target, stub=AttributionStub(channel), channel=channel, engine=engine, task=task)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def served(serve: Callable[..., Served]) -> Served:
+    """A server with default limits."""
+    return serve()

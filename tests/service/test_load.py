@@ -1,0 +1,96 @@
+"""Under load: answers stay those of a quiet server, the queue is bounded, and what nobody waits for costs nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import QUERIES, Served
+
+EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=3)
+
+
+@pytest.fixture
+def held(serve: Callable[..., Served]) -> Iterator[tuple[Served, grpc.Future]]:
+    """A server that admits two waiting requests, and a first request, held in the model until the gate opens."""
+    served = serve(max_waiting=2)
+    served.task.gate.clear()
+    served.task.entered.clear()
+    first = served.stub.FindInfluences.future(EXAMPLE)
+    assert served.task.entered.wait(30)
+    yield served, first
+    served.task.gate.set()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_full_queue_is_resource_exhausted_and_says_when_to_come_back(held: tuple[Served, grpc.Future]) -> None:
+    served, first = held
+    waiting = [served.stub.FindInfluences.future(EXAMPLE) for _ in range(2)]
+    wait_for(lambda: served.engine.num_admitted == 3)
+    with pytest.raises(grpc.RpcError) as caught:
+        served.stub.FindInfluences(EXAMPLE)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry = error_details_pb2.RetryInfo()
+    call: Any = caught.value  # gRPC's errors are calls too
+    status = rpc_status.from_call(call)
+    assert status is not None
+    assert status.details[0].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 1000
+    served.task.gate.set()
+    answers = [call.result(60) for call in (first, *waiting)]
+    assert answers[0] == answers[1] == answers[2]
+    assert served.stub.FindInfluences(EXAMPLE) == answers[0]
+
+
+def test_requests_that_nobody_waits_for_cost_no_model_call(held: tuple[Served, grpc.Future]) -> None:
+    served, first = held
+    before = served.task.model_calls  # the held one's first of two: one for each checkpoint
+    cancelled = served.stub.FindInfluences.future(EXAMPLE)
+    wait_for(lambda: served.engine.num_admitted == 2)
+    cancelled.cancel()
+    with pytest.raises(grpc.RpcError) as caught:
+        served.stub.FindInfluences(EXAMPLE, timeout=0.2)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    wait_for(lambda: served.engine.num_admitted == 1)
+    served.task.gate.set()
+    assert first.result(60).results
+    after = served.stub.FindInfluences(EXAMPLE)  # behind them in the queue: they are over when it is
+    assert after.results
+    assert served.task.model_calls - before == 1 + 2
+
+
+def test_clients_at_once_get_the_answers_they_get_alone(served: Served) -> None:
+    requests = [
+        pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(query))], k=5, resolve=mode)
+        for query in QUERIES
+        for mode in (pb.RESOLVE_MODE_QUERY_STEP, pb.RESOLVE_MODE_TRAIN_STEP)
+    ]
+    alone = [served.stub.FindInfluences(request) for request in requests]
+
+    def client(offset: int) -> list[tuple[int, pb.FindInfluencesResponse]]:
+        options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(served.target, options=options) as channel:
+            stub = AttributionStub(channel)
+            order = [(offset + i) % len(requests) for i in range(2 * len(requests))]
+            return [(i, stub.FindInfluences(requests[i])) for i in order]
+
+    with ThreadPoolExecutor(6) as clients:
+        for answers in clients.map(client, range(6)):
+            for i, answer in answers:
+                assert answer == alone[i]

@@ -1,0 +1,111 @@
+"""Which task's code runs is decided by whoever serves, and a model that doesn't fit the index is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task
+from loopsway.service import LoadError, Settings, load_engine
+from serving import CONFIG, TASK_SPEC
+
+
+def test_the_task_that_an_index_names_does_not_run_unasked(index_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"names the task .*tiny_task.py:TinyTask, which is not one of Loopsway's own"):
+        load_engine(index_path)
+
+
+def test_a_path_that_poses_as_a_shipped_task_does_not_run(index_path: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(index_path, tmp_path / "posing.index")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["plan"]["task_spec"] = f"loopsway.tasks./../{TASK_SPEC}"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LoadError, match="not one of Loopsway's own"):
+        load_engine(copy)
+
+
+def test_a_task_named_by_hand_runs(index_path: Path) -> None:
+    engine = load_engine(index_path, TASK_SPEC)
+    assert engine.accepts_examples
+    engine.close()
+
+
+def test_without_its_model_an_index_runs_no_task(index_path: Path) -> None:
+    engine = load_engine(index_path, model=False)
+    assert not engine.accepts_examples
+    engine.close()
+    with pytest.raises(LoadError, match="drop one"):
+        load_engine(index_path, TASK_SPEC, model=False)
+
+
+def test_an_index_that_names_no_task_asks_for_one(tmp_path: Path) -> None:
+    build_index(load_task(TASK_SPEC), tmp_path / "nameless.index", CONFIG, progress=False)
+    with pytest.raises(LoadError, match="names no task: give --task"):
+        load_engine(tmp_path / "nameless.index")
+
+
+def test_a_model_of_other_checkpoints_is_refused_naming_both_fingerprints(index_path: Path) -> None:
+    with pytest.raises(LoadError, match="other checkpoints") as caught:
+        load_engine(index_path, TASK_SPEC, {"learning_rate": 0.2})
+    assert str(caught.value).count("fingerprint") == 1
+    engine = load_engine(index_path, TASK_SPEC, {"learning_rate": 0.1})
+    assert engine.index.fingerprint in str(caught.value)
+    engine.close()
+
+
+FROM_FILE = """
+from safetensors.torch import load_file
+from loopsway.indexer import Checkpoint, load_task
+Tiny = type(load_task({spec!r}))
+class FromFile(Tiny):
+    def checkpoints(self):
+        return [Checkpoint(name="only", learning_rate=0.1, path={weights!r})]
+    def model(self, checkpoint):
+        model = super().model(checkpoint)
+        model.load_state_dict(load_file(checkpoint.path))
+        return model
+"""
+
+
+def test_weights_that_changed_since_the_build_are_refused(tmp_path: Path) -> None:
+    weights, task_file = tmp_path / "only.safetensors", tmp_path / "from_file.py"
+    task_file.write_text(FROM_FILE.format(spec=TASK_SPEC, weights=str(weights)))
+    model = load_task(TASK_SPEC).model(Checkpoint(name="only", learning_rate=0.1))
+    save_file(model.state_dict(), weights)
+    path, spec = tmp_path / "tiny.index", f"{task_file}:FromFile"
+    build_index(load_task(spec), path, CONFIG, progress=False)
+    load_engine(path, spec).close()
+    save_file({name: value + 1 for name, value in model.state_dict().items()}, weights)
+    with pytest.raises(LoadError, match="weights of checkpoint only of task .* are not those"):
+        load_engine(path, spec)
+
+
+def test_the_arguments_of_the_build_are_used_again(tmp_path: Path) -> None:
+    arguments = {"learning_rate": 0.3}
+    task = load_task(TASK_SPEC, arguments)
+    path = tmp_path / "tiny.index"
+    build_index(task, path, SketchConfig(width=64), task_spec=TASK_SPEC, task_arguments=arguments, progress=False)
+    load_engine(path, TASK_SPEC).close()
+
+
+def test_no_index_is_a_file_not_found(tmp_path: Path) -> None:
+    with pytest.raises(IndexNotFoundError):
+        load_engine(tmp_path / "none.index")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"port": 65536}, "port is 65536, expected 0 to 65535"),
+        ({"max_k": 0}, "max_k is 0, expected a number > 0"),
+        ({"max_waiting": -1}, "max_waiting is -1, expected a number >= 0"),
+        ({"grace_s": -0.5}, "grace_s is -0.5, expected a number >= 0"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)

@@ -1,0 +1,97 @@
+"""A task small enough to index in a second: three passes of one block over five tokens.
+
+Its model can be held at a gate, so that tests decide when a call ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopsway.indexer import Checkpoint, Loop, Task
+
+VOCABULARY, LENGTH, NUM_EXAMPLES, DIM = 7, 5, 48, 8
+
+
+class Looped(nn.Module):
+    """Embeds the tokens, applies one block again and again, and reads the last token out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, DIM)
+        self.block = nn.Sequential(nn.Linear(DIM, DIM), nn.LayerNorm(DIM), nn.Tanh(), nn.Linear(DIM, DIM))
+        self.readout = nn.Linear(DIM, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor, num_steps: int) -> torch.Tensor:
+        injected = state = self.embedding(tokens)
+        for _ in range(num_steps):
+            state = state + self.block(state + injected)
+        return self.readout(state[:, -1])
+
+
+class TinyTask(Task):
+    """Next-token prediction on random tokens.
+
+    Args:
+        learning_rate: of the first checkpoint; another one makes other sketches.
+    """
+
+    loop = Loop(body=["block"])
+
+    def __init__(self, learning_rate: float = 0.1) -> None:
+        self._learning_rate = learning_rate
+        draw = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(VOCABULARY, (NUM_EXAMPLES, LENGTH + 1), generator=draw).tolist()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.model_calls = 0
+
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        return [
+            Checkpoint(name="early", learning_rate=self._learning_rate),
+            Checkpoint(name="late", learning_rate=0.05),
+        ]
+
+    def model(self, checkpoint: Checkpoint) -> nn.Module:
+        torch.manual_seed(len(checkpoint.name))
+        return Looped().eval()
+
+    def examples(self) -> Sequence[Any]:
+        return [{"tokens": tokens, "num_steps": 3} for tokens in self._tokens]
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        steps = {example["num_steps"] for example in examples}
+        if len(steps) > 1:
+            raise ValueError(f"the examples of one batch want {sorted(steps)} steps, expected one number")
+        return {"tokens": torch.tensor([example["tokens"] for example in examples]), "num_steps": steps.pop()}
+
+    def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        self.model_calls += 1
+        self.entered.set()
+        assert self.gate.wait(60)
+        tokens = batch["tokens"]
+        logits = model(tokens[:, :-1], batch["num_steps"])
+        return nn.functional.cross_entropy(logits, tokens[:, -1], reduction="none")
+
+    def example_from_json(self, obj: Any) -> Any:
+        tokens = obj["tokens"]  # a TypeError or KeyError when the caller sends something else, as in many a task
+        if len(tokens) != LENGTH + 1 or not all(isinstance(t, int) and 0 <= t < VOCABULARY for t in tokens):
+            raise ValueError(f"tokens is {tokens}, expected {LENGTH + 1} whole numbers from 0 to {VOCABULARY - 1}")
+        num_steps = obj.get("num_steps", 3)
+        if num_steps == 13:
+            raise RuntimeError("secret: /etc/weights")
+        return {"tokens": tokens, "num_steps": num_steps}
+
+    def example_id(self, row: int) -> str:
+        return f"tiny-{row}"
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        return {"row": row, "half": row / 2, "even": row % 2 == 0, "name": f"ä{row}", "none": None, "big": 2**60 + row}
+
+    def describe(self, row: int) -> str:
+        return " ".join(map(str, self._tokens[row]))
