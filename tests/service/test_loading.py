@@ -80,7 +80,7 @@ def test_weights_that_changed_since_the_build_are_refused(tmp_path: Path) -> Non
     build_index(load_task(spec), path, CONFIG, progress=False)
     load_engine(path, spec).close()
     save_file({name: value + 1 for name, value in model.state_dict().items()}, weights)
-    with pytest.raises(LoadError, match="weights of checkpoint only of task .* are not those"):
+    with pytest.raises(LoadError, match=r"weights of checkpoint only of task .* are not those"):
         load_engine(path, spec)
 
 
