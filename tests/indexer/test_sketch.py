@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from looped import MODELS, InjectedModel, collate, losses, make_examples, make_model, step_gradients
 from loopsway.indexer import Loop, SketchConfig, StepSketcher
+from loopsway.indexer.coding import decode, encode, rotate, variance_factor
 from loopsway.indexer.gradients import Dense, OuterProduct, TableRows
 from loopsway.indexer.sketch import ExactGradients, GradientSink, Sketches, choose_path
 
@@ -28,15 +30,21 @@ TRIALS = 200
 WIDTH = 256
 
 
-def sketch_grams(model: Any, count: int) -> np.ndarray:
-    """Inner products of all (example, step) sketches, one matrix for each seed: [TRIALS, B * S, B * S]."""
-    batch = collate(make_examples(count))
-    grams = []
-    for seed in range(TRIALS):
-        sketches = StepSketcher(model, model.loop, SketchConfig(width=WIDTH, seed=seed)).sketch(losses, batch)
-        flat = sketches.flatten(0, 1).double()
-        grams.append((flat @ flat.T).numpy())
-    return np.stack(grams)
+@dataclass(frozen=True)
+class Trials:
+    """Estimates of all inner products of (example, step) gradients, one matrix [M, M] for each seed.
+
+    Attributes:
+        sketched: [TRIALS, M, M], of float32 sketches.
+        coded: the same with one side coded to 1 bit.
+        exact: [M, M], by untied copies in float64.
+        bound: [M, M], of the variance of `sketched`.
+    """
+
+    sketched: np.ndarray
+    coded: np.ndarray
+    exact: np.ndarray
+    bound: np.ndarray
 
 
 def variance_bound(gradients: Tensor, shapes: list[tuple[int, ...]]) -> np.ndarray:
@@ -53,36 +61,49 @@ def variance_bound(gradients: Tensor, shapes: list[tuple[int, ...]]) -> np.ndarr
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda kind: kind.__name__)
-def trials(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sketched Gram matrices of many seeds, the exact one, and the variance bound, without zero steps."""
-    model = make_model(request.param)
-    sketched = sketch_grams(model, count=3)
-    exact = step_gradients(model, model.loop, make_examples(3)).flatten(0, 1)
-    shapes = list(StepSketcher(model, model.loop).parameters.values())
+def trials(request: pytest.FixtureRequest) -> Trials:
+    """Three examples of a model, without the steps that have no gradient."""
+    model, examples = make_model(request.param), make_examples(3)
+    exact = step_gradients(model, model.loop, examples).flatten(0, 1)
     live = exact.norm(dim=1) > 0
-    bound = variance_bound(exact[live], shapes)
-    return sketched[:, live.numpy()][:, :, live.numpy()], (exact[live] @ exact[live].T).numpy(), bound
+    shapes = list(StepSketcher(model, model.loop).parameters.values())
+    sketched, coded = [], []
+    for seed in range(TRIALS):
+        config = SketchConfig(width=WIDTH, seed=seed)
+        sketches = StepSketcher(model, model.loop, config).sketch(losses, collate(examples)).flatten(0, 1)[live]
+        rows = rotate(sketches, seed)
+        codes = encode(rows, 1)
+        sketched.append((sketches.double() @ sketches.double().T).numpy())
+        coded.append(decode(codes.codes, codes.factors, 1).astype(np.float64) @ rows.numpy().astype(np.float64).T)
+    exact = exact[live]
+    return Trials(np.stack(sketched), np.stack(coded), (exact @ exact.T).numpy(), variance_bound(exact, shapes))
 
 
-def test_inner_products_of_sketches_are_unbiased(trials: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    sketched, exact, _ = trials
-    z = (sketched.mean(0) - exact) / (sketched.std(0, ddof=1) / np.sqrt(TRIALS))
-    z = z[np.triu_indices_from(z)]
+@pytest.mark.parametrize("what", ["sketched", "coded"])
+def test_inner_products_are_unbiased(trials: Trials, what: str) -> None:
+    estimates = getattr(trials, what)
+    z = (estimates.mean(0) - trials.exact) / (estimates.std(0, ddof=1) / np.sqrt(TRIALS))
     assert np.abs(z).max() < 5, f"an entry's mean is {np.abs(z).max():.1f} standard errors off: signs are not random"
     assert np.sqrt(np.mean(z**2)) < 2, f"rms z is {np.sqrt(np.mean(z**2)):.2f}, expected about 1: a biased estimate"
 
 
-def test_variance_stays_within_the_bound(trials: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    sketched, _, bound = trials
-    variance = sketched.var(0, ddof=1)
-    fourth = np.mean((sketched - sketched.mean(0)) ** 4, axis=0)
+def test_variance_stays_within_the_bound(trials: Trials) -> None:
+    variance = trials.sketched.var(0, ddof=1)
+    fourth = np.mean((trials.sketched - trials.sketched.mean(0)) ** 4, axis=0)
     noise = np.sqrt((fourth - variance**2) / TRIALS)  # standard error of the variance itself
-    excess = (variance - bound) / noise
+    excess = (variance - trials.bound) / noise
     assert excess.max() < 4, (
         f"variance is {excess.max():.1f} standard errors above its bound: buckets collide too often"
     )
-    assert np.mean(variance / bound) < 1, f"mean ratio to the bound is {np.mean(variance / bound):.2f}"
-    assert np.mean(variance / bound) > 0.2, "far below the bound: the estimate does not vary with the seed"
+    assert np.mean(variance / trials.bound) < 1, f"mean ratio to the bound is {np.mean(variance / trials.bound):.2f}"
+    assert np.mean(variance / trials.bound) > 0.2, "far below the bound: the estimate does not vary with the seed"
+
+
+def test_one_bit_adds_no_more_noise_than_stated(trials: Trials) -> None:
+    errors = [np.mean((estimates - trials.exact) ** 2) for estimates in (trials.sketched, trials.coded)]
+    ratio = errors[1] / errors[0]
+    assert ratio < 1.1 * variance_factor(1), f"1 bit has {ratio:.2f} times the sketch's variance, stated is pi / 2"
+    assert ratio > 1, "coding to 1 bit can't be better than not coding"
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -113,6 +134,18 @@ def test_sketching_is_linear(kind: Any) -> None:
     for name, part in parts.items():
         mixed.add(name, 0, Dense((2 * part[0] - 3 * part[1]).sum(0)[None]))
     assert float((mixed.values[0, 0] - (2 * got[0] - 3 * got[1]).sum(0)).norm() / got.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_steps_sum_to_the_sketch_of_the_whole_gradient(kind: Any) -> None:
+    model, examples = make_model(kind), make_examples(5)
+    sketcher = StepSketcher(model, kind.loop, SketchConfig(width=512))
+    total = step_gradients(model, kind.loop, examples).sum(1).float()
+    sink, shapes = new_sketches(sketcher.parameters, 5, 1), sketcher.parameters
+    for name, part in zip(shapes, total.split([int(np.prod(s)) for s in shapes.values()], dim=1), strict=True):
+        sink.add(name, 0, Dense(part))
+    got = sketcher.sketch(losses, collate(examples)).sum(1)
+    assert float((got - sink.values[:, 0]).norm() / got.norm()) <= 1e-5
 
 
 def new_sketches(shapes: Any, batch: int, num_steps: int, width: int = 512) -> Sketches:
