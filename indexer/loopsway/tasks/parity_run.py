@@ -1,0 +1,157 @@
+"""A parity run on disk: safetensors checkpoints, and `training.json`, which is written last and makes the run finished.
+
+Knows how a run is written and read, each file whole or not at all, and nothing of how a model is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from loopsway.indexer.config import Checkpoint
+
+from .parity_strings import held_out_strings
+
+FORMAT = 1
+RECORD = "training.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """One checkpoint of a run.
+
+    Attributes:
+        name: unique in its run.
+        step: optimizer steps taken before it was written.
+        learning_rate: of the last of them.
+        file: its file's name in the run's folder.
+    """
+
+    name: str
+    step: int
+    learning_rate: float
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What a finished training reached.
+
+    Attributes:
+        run: the run's folder.
+        model: the arguments that rebuild the model.
+        seed: the seed that reached it.
+        seconds: of wall time, with any seed that was given up.
+        steps: optimizer steps of that seed.
+        training_accuracy: by string length, on the strings it was trained on.
+        held_out_accuracy: by string length, on strings it never saw.
+        saved: its checkpoints, in the order of training.
+    """
+
+    run: str
+    model: dict[str, int]
+    seed: int
+    seconds: float
+    steps: int
+    training_accuracy: dict[int, float]
+    held_out_accuracy: dict[int, float]
+    saved: tuple[SavedCheckpoint, ...]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints as a Task names them."""
+        folder = Path(self.run)
+        return tuple(
+            Checkpoint(name=saved.name, learning_rate=saved.learning_rate, path=str(folder / saved.file))
+            for saved in self.saved
+        )
+
+    @property
+    def overall_held_out_accuracy(self) -> float:
+        """On all held-out strings taken together, however long."""
+        counts = {length: len(held_out_strings(length)) for length in self.held_out_accuracy}
+        right = sum(share * counts[length] for length, share in self.held_out_accuracy.items())
+        return right / sum(counts.values())
+
+    def write(self) -> None:
+        """Makes the run finished."""
+        record = {"format": FORMAT, **asdict(self)}
+        del record["run"]  # the folder may be moved
+        _replace(Path(self.run) / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, run: str | Path) -> TrainReport:
+        """The record of a finished run.
+
+        Raises:
+            FileNotFoundError: the run is not finished, or a checkpoint's file is gone.
+            ValueError: the record is damaged or of another format.
+        """
+        path = Path(run) / RECORD
+        if not path.is_file():
+            raise FileNotFoundError(f"{run} holds no finished training: {RECORD} is missing")
+        try:
+            report = cls._parse(str(run), json.loads(path.read_bytes()))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        for checkpoint in report.saved:
+            if not (Path(run) / checkpoint.file).is_file():
+                raise FileNotFoundError(f"{run} holds no finished training: {checkpoint.file} is missing")
+        return report
+
+    @classmethod
+    def _parse(cls, run: str, record: dict[str, Any]) -> TrainReport:
+        if record.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}, the one this version of Loopsway reads")
+        for accuracies in ("training_accuracy", "held_out_accuracy"):
+            record[accuracies] = {int(length): share for length, share in record[accuracies].items()}
+        saved = tuple(SavedCheckpoint(**checkpoint) for checkpoint in record.pop("saved"))
+        return cls(run=run, saved=saved, **record)
+
+
+def is_trained(run: str | Path) -> bool:
+    """Whether the folder holds a finished training, complete with its checkpoints."""
+    try:
+        TrainReport.read(run)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class CheckpointWriter:
+    """Writes a training's checkpoints into its run's folder, which it makes unfinished first."""
+
+    def __init__(self, run: str | Path) -> None:
+        self._folder = Path(run)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / RECORD).unlink(missing_ok=True)  # first: it must never stand beside other weights
+        for old in self._folder.glob("checkpoint-*.safetensors"):
+            old.unlink()
+        self._saved: list[SavedCheckpoint] = []
+
+    @property
+    def saved(self) -> Sequence[SavedCheckpoint]:
+        return self._saved
+
+    def write(self, model: torch.nn.Module, *, step: int, learning_rate: float) -> None:
+        name = f"checkpoint-{len(self._saved) + 1:04d}"
+        checkpoint = SavedCheckpoint(name=name, step=step, learning_rate=learning_rate, file=f"{name}.safetensors")
+        _replace(self._folder / checkpoint.file, save(model.state_dict()))
+        self._saved.append(checkpoint)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes the file whole or not at all: under another name until it is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
