@@ -87,7 +87,7 @@ def test_faiss_scores_equal_our_reading_of_the_codes(one_bit: tuple[Index, np.nd
         loaded.qb = 0  # the query unquantized
         scores, rows = loaded.search(vectors, 20)
         norms = index.total_norms() if slot is None else index.step_norms()[slot]
-        own = np.take_along_axis(vectors @ slots[slot].T, rows, axis=1) / norms.max()
+        own = np.take_along_axis(vectors @ slots[slot].T, rows, axis=1) / norms.min()
         np.testing.assert_allclose(scores, own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
 
 
@@ -191,6 +191,26 @@ def test_a_query_of_zeros_has_neither_proponents_nor_opponents(built: tuple[Inde
     index, queries = built
     ranking = index.search(np.zeros_like(queries[0]))
     assert len(ranking.total.proponents.rows) == len(ranking.total.opponents.rows) == 0
+
+
+class Unequal(LoopedTask):
+    """Gradients over nine orders of magnitude, as after training: most examples are learned, a few are not."""
+
+    def losses(self, model: Any, batch: Any) -> torch.Tensor:
+        return super().losses(model, batch) * 10.0 ** -(batch["tokens"].sum(1) % 10)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_rows_of_very_unequal_norms_are_all_found(tmp_path: Path, bits: int) -> None:
+    task, config = Unequal(count=400), SketchConfig(width=WIDTH, bits=bits)
+    index = build_index(task, tmp_path / "unequal.index", config, progress=False)
+    assert index.total_norms().max() / index.total_norms().min() > 1e8
+    assert index.recall["recall@10"] > 0.99
+    queries = ExampleSketcher(task, config).sketch(task.examples()[:8]).values.numpy()
+    total, vectors = read_slots(index)[None], rotated(index, queries)[:, -1]
+    for ranking, vector in zip(index.search(queries, k=10), vectors, strict=True):
+        best = np.sort(total @ vector)[::-1][:10]
+        np.testing.assert_allclose(ranking.total.proponents.influences, best[best > 0], rtol=1e-3)
 
 
 def test_equal_rows_are_ordered_by_row(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 N rows, M queries, W width, k results of each sign.
 
-The FAISS index of a slot holds the decoded rows, divided by the slot's largest norm: sign bits in IndexRaBitQ for
-1-bit codes (whose scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Its
-candidates are scored again with the codes themselves and the float32 query.
+The FAISS index of a slot holds the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes
+(whose scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Its candidates are
+scored again with the codes themselves and the float32 query.
 
 This is the only file that imports faiss.
 """
@@ -61,7 +61,7 @@ class Slot:
         """Writes the slot's FAISS index into a folder and gives its path."""
         faiss = import_faiss()
         index = _new_index(faiss, self._generation.plan.width, self._bits)
-        scale = 1 / max(float(self.norms.max(initial=0)), float(np.finfo(np.float32).tiny))
+        scale = self._scale()
         index.train(self._extremes(scale))
         for _, rows in self.blocks():
             index.add(rows * np.float32(scale))
@@ -120,6 +120,14 @@ class Slot:
     def _ranked(self, rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = own[np.lexsort((rows[own], -scores[own]))]
         return rows[order], scores[order]
+
+    def _scale(self) -> float:
+        """What rows are multiplied by: FAISS takes a row of norm below 3e-4 for zero, and float16 ends at 65,504."""
+        live = self.norms[self.norms > 0]
+        if not len(live):
+            return 1.0
+        largest = float(live.max())
+        return 1 / max(float(live.min()), largest / 1e15) if self._bits == 1 else 1 / largest
 
     def _extremes(self, scale: float) -> np.ndarray:
         """The least and the largest of each coordinate, [2, W]: all that a scalar quantizer learns from training."""
