@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +23,22 @@ def parity_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "parity"
     parity_training.train(run, progress=False)
     return run
+
+
+def run_demo(checkout: Path) -> str:
+    """What `loopsway demo` prints in this working directory, where it leaves `runs/demo`."""
+    environment = os.environ | {"COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-W", "error", "-m", "loopsway.cli", "demo"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=280, env=environment, cwd=checkout
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def demonstrated(parity_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A working directory in which the demo has run, on the parity training above, and what it printed."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(parity_run, checkout / "runs" / "demo" / "parity")
+    return checkout, run_demo(checkout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ import pytest
 from loopsway.cli.child import running_server
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-@pytest.fixture(scope="module")
-def checkout(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which `make demo` has run."""
-    folder = tmp_path_factory.mktemp("checkout")
-    shutil.copytree(demo_folder, folder / "runs" / "demo")
-    return folder
 
 
 def python_blocks() -> list[str]:
@@ -29,9 +20,11 @@ def test_there_is_a_session_with_a_server_and_one_without() -> None:
     assert [("Client(" in block, "open_index(" in block) for block in python_blocks()] == [(True, False), (False, True)]
 
 
+@pytest.mark.timeout(600)  # the first test that asks for the demo trains its model
 def test_the_session_over_grpc_works(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demonstrated: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    checkout, _ = demonstrated
     monkeypatch.chdir(checkout)
     with running_server(["runs/demo/parity.index"], checkout) as port:
         exec(python_blocks()[0].replace("50051", str(port)), {})
@@ -40,9 +33,9 @@ def test_the_session_over_grpc_works(
 
 
 def test_the_session_on_the_index_works(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demonstrated: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(checkout)
+    monkeypatch.chdir(demonstrated[0])
     exec(python_blocks()[1], {})
     assert re.search(r"^\('[01]+', '[01]+', '[01]+'\) \[", capsys.readouterr().out)
 

@@ -4,6 +4,9 @@ N training examples, Q queries, S steps, W width, m floats that the reference ke
 
 Exactly, the two must agree. Sketched, ours must be no further from the truth at equal stored floats, and at a 32nd of
 the stored bytes. All influences are of the default resolution, QUERY_STEP: [N, Q, S].
+
+The latter needs a body that has small tensors (biases, norms) besides its matrices, as these models have: the reference
+spends m floats on each of them. On four bare matrices one bit costs more than fusing gains; see benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations

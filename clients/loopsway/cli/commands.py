@@ -1,0 +1,25 @@
+"""The group that holds the commands."""
+
+from __future__ import annotations
+
+import click
+
+from .build import build
+from .demo import demo
+from .inspection import inspect
+from .query import query
+from .serve import serve
+from .train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="loopsway", message="%(package)s %(version)s")
+def loopsway() -> None:
+    """Which training examples shaped a looped transformer's answer, and at which pass through its loop.
+
+    Start with `loopsway demo`, or in this order: train, build, inspect, serve, query.
+    """
+
+
+for command in (train, build, inspect, serve, query, demo):
+    loopsway.add_command(command)
