@@ -21,7 +21,7 @@ from measurement import markdown_table, median_seconds, parse_arguments
 
 from loopsway.indexer import ExampleSketcher, SketchConfig, Task, load_task
 from loopsway.indexer.capture import Capture
-from loopsway.indexer.coding import encode, rotate
+from loopsway.indexer.coding import code_examples
 from loopsway.indexer.gradients import Dense, Gradient, OuterProduct
 
 SHAPES = (Shape(dim=128), Shape(dim=256, num_bytes=128))
@@ -73,17 +73,12 @@ def seconds_of_parts(subject: Subject, width: int, repeats: int) -> dict[str, fl
         model.zero_grad()
         task.losses(model, batch).sum().backward()
 
-    def coded() -> None:
-        rotated = rotate(finished, config.seed)
-        encode(rotated.flatten(0, 1), BITS)
-        encode(rotated.sum(1), BITS)
-
     calls: dict[str, Callable[[], Any]] = {
         "plain": plain,
         "activations": lambda: capture.run(task.losses, batch, lambda *_: _Ignore()),
         "products": lambda: capture.run(task.losses, batch, lambda *_: _MultiplyOut()),
         "sketch": lambda: sketcher.sketch(subject.examples),
-        "coding": coded,
+        "coding": lambda: code_examples(finished, seed=config.seed, bits=BITS),
     }
     return median_seconds(calls, repeats)
 

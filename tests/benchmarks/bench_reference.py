@@ -25,7 +25,7 @@ from sdi.estimators import compute_query_sdi
 from torch import Tensor
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.coding import code_examples, decode, encode, rotate, row_bytes
 
 FACTOR_AND_NORM_BYTES = 8
 BITS = (32, 8, 1)
@@ -134,7 +134,7 @@ class Comparison:
             sketches = self._sketch(sketcher, batch)
             calls[f"W={width}"] = partial(self._sketch, sketcher, batch)
             for bits in BITS:
-                calls[f"W={width}, {bits}"] = partial(_code, sketches, bits)
+                calls[f"W={width}, {bits}"] = partial(code_examples, sketches, seed=0, bits=bits)
         seconds = median_seconds(calls, repeats)
         return {name: value / seconds["plain"] for name, value in seconds.items()}
 
@@ -152,13 +152,6 @@ class Comparison:
 def _query_step(totals: Tensor, queries: Tensor) -> Tensor:
     """[N, P] and [Q, S, P] give [N, Q, S]."""
     return torch.einsum("np,qsp->nqs", totals, queries)
-
-
-def _code(sketches: Tensor, bits: int) -> None:
-    """As the build does: the steps and the total."""
-    rotated = rotate(sketches, 0)
-    encode(rotated.flatten(0, 1), bits)
-    encode(rotated.sum(1), bits)
 
 
 def table(comparison: Comparison, repeats: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from .coding import encode, rotate
+from .coding import code_examples
 from .config import SketchConfig
 from .features import ExampleSketcher
 from .index import EXAMPLES, Index, generation_folder, open_index
@@ -168,10 +168,10 @@ def _coded_batch(sketcher: ExampleSketcher, batch: list[Any], plan: Plan, start:
             f"the examples from row {start} ran {sketches.values.shape[1]} steps, the first ones ran "
             f"{plan.num_steps}: all examples of an index must run the same number; fix the task's loop count"
         )
-    rotated = rotate(sketches.values, plan.config.seed)  # [B, S, W]
+    steps, total = code_examples(sketches.values, seed=plan.config.seed, bits=plan.config.bits)
     return CodedExamples(
-        steps=encode(rotated.flatten(0, 1), plan.config.bits),
-        total=encode(rotated.sum(1), plan.config.bits),
+        steps=steps,
+        total=total,
         losses=sketches.losses.numpy(),
         steps_without_gradient=sketches.steps_without_gradient,
     )

@@ -25,6 +25,7 @@ from .hashes import rotation_signs
 # Distance between the levels of a b-bit uniform quantizer of a unit Gaussian with the least square error (Max 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 LARGEST_FACTOR = 128  # of the Hadamard matrix that is multiplied at once
+TILE_BYTES = 4 << 20  # of sketches that are rotated and coded at once: they stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +49,24 @@ class Codes:
             factors=np.concatenate([part.factors for part in parts]),
             norms=np.concatenate([part.norms for part in parts]),
         )
+
+
+def code_examples(sketches: Tensor, *, seed: int, bits: int) -> tuple[Codes, Codes]:
+    """Rotates and codes the finished sketches of examples, [B, S, W].
+
+    Returns:
+        Codes of each step, example after example, [B * S] rows; and of the sum over steps, [B] rows.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    tile = max(1, TILE_BYTES // (4 * sketches[0].numel()))
+    steps, totals = [], []
+    for part in sketches.split(tile):
+        rotated = rotate(part, seed)
+        steps.append(encode(rotated.flatten(0, 1), bits))
+        totals.append(encode(rotated.sum(1), bits))
+    return Codes.joined(steps), Codes.joined(totals)
 
 
 def rotate(sketches: Tensor, seed: int) -> Tensor:
@@ -81,13 +100,16 @@ def encode(rotated: Tensor, bits: int) -> Codes:
     unit /= lengths.clamp_min(1)
     if bits >= 16:
         codes = values = unit.to(torch.float16 if bits == 16 else torch.float32, copy=True)
+        along = unit.mul_(values).sum(1)  # [N] <c, x> / |x|
+    elif bits == 1:
+        codes = _pack((unit >= 0).to(torch.uint8), bits)
+        along = unit.abs_().sum(1)
     else:
         levels = 1 << bits
         values = (unit * (math.sqrt(rotated.shape[1]) / GAUSSIAN_STEP[bits])).floor_()
         values.add_(levels // 2).clamp_(0, levels - 1)
         codes = _pack(values.to(torch.uint8), bits)
-        values.mul_(2).sub_(levels - 1)
-    along = unit.mul_(values).sum(1)  # [N] <c, x> / |x|
+        along = unit.mul_(values.mul_(2).sub_(levels - 1)).sum(1)
     factors = torch.where(norms > 0, norms / along, 0)
     return Codes(codes=codes.cpu().numpy(), factors=factors.cpu().numpy(), norms=norms.cpu().numpy())
 

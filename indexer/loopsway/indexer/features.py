@@ -206,6 +206,8 @@ class ExampleSketcher:
         if len(steps) > 1:
             raise ValueError(f"examples of one call ran different numbers of steps, {sorted(steps)}: fix the task's "
                              "loop count, or sketch them apart")  # fmt: skip
+        if len(parts) == 1:
+            return parts[0]
         return ExampleSketches(
             values=torch.cat([part.values for part in parts]),
             losses=torch.cat([part.losses for part in parts], dim=1),

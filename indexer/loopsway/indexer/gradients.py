@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +78,15 @@ def _embedding(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> d
 
 def _layer_norm(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
     assert isinstance(module, nn.LayerNorm)
-    dims = tuple(range(-len(module.normalized_shape), 0))
-    inputs = inputs.float()
-    centred = inputs - inputs.mean(dims, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + module.eps)
-    return _scale_and_shift(module, centred * scale, output_gradients)
+    normalized = functional.layer_norm(inputs.float(), module.normalized_shape, eps=module.eps)
+    return _scale_and_shift(module, normalized, output_gradients)
 
 
 def _rms_norm(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
     assert isinstance(module, nn.RMSNorm)
-    dims = tuple(range(-len(module.normalized_shape), 0))
     eps = torch.finfo(inputs.dtype).eps if module.eps is None else module.eps
-    inputs = inputs.float()
-    scale = torch.rsqrt(inputs.square().mean(dims, keepdim=True) + eps)
-    return _scale_and_shift(module, inputs * scale, output_gradients)
+    normalized = functional.rms_norm(inputs.float(), module.normalized_shape, eps=eps)
+    return _scale_and_shift(module, normalized, output_gradients)
 
 
 def _scale_and_shift(module: nn.Module, normalized: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:

@@ -27,9 +27,10 @@ from .hashes import ParameterHash, matrix_shape, parameter_hash
 
 TILE_BYTES = 64 << 20  # of float32 that a path may hold besides the sketches
 
-# Nanoseconds, 2 threads of a 2023 x86 server: one multiply-add of a batched matmul, one entry added to its bucket, one
-# W-point real FFT divided by W log2 W. They are constants so that the same index takes the same paths everywhere.
-MULTIPLY_ADD_NS, SCATTER_NS, FFT_NS = 0.02, 1.0, 0.35
+# Nanoseconds on one core of a 2023 x86 server (tests/benchmarks/bench_planner.py): one multiply-add of a batched
+# matmul; one entry added to its bucket; one of W log2 W of a token's sketch, FFT and product. They are constants so
+# that the same index takes the same paths everywhere.
+MULTIPLY_ADD_NS, SCATTER_NS, FFT_NS = 0.015, 1.55, 0.19
 
 
 class GradientSink(Protocol):
