@@ -22,7 +22,7 @@ from .manifest import IndexDamagedError
 from .store import Generation
 
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
-EXTRA_CANDIDATES = 100
+EXTRA_CANDIDATES = 32
 DECODED_BYTES = 256 << 20  # of candidates that one search decodes at once
 
 
@@ -96,7 +96,7 @@ class Slot:
             For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row:
             the first k and the last k are the answer.
         """
-        count = min(len(self.factors), max(4 * k, k + EXTRA_CANDIDATES))
+        count = min(len(self.factors), max(2 * k, k + EXTRA_CANDIDATES))
         together = max(1, DECODED_BYTES // (2 * count * queries.shape[1] * 4))
         parts = [queries[start : start + together] for start in range(0, len(queries), together)]
         return [answer for part in parts for answer in self._search_part(part, count)]
