@@ -29,6 +29,7 @@ from loopsway.indexer import (
     build_index,
     open_index,
 )
+from loopsway.indexer.build import _block_rows
 from loopsway.indexer.coding import encode, rotate
 
 CONFIG = SketchConfig(width=256, bits=1)
@@ -164,6 +165,11 @@ def test_an_interrupted_build_keeps_its_finished_blocks_and_its_batches(built: P
     assert contents(path) == contents(built)
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 128), (1789, 128), (3000, 256), (20_000, 2048), (10**7, 2048)])
+def test_a_small_index_has_small_blocks_so_that_a_cut_build_loses_little(count: int, rows: int) -> None:
+    assert _block_rows(count) == rows
+
+
 def test_a_cut_during_publication_is_made_good(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cut.index"
     with monkeypatch.context() as patched:
@@ -240,6 +246,14 @@ def test_a_damaged_index_is_refused_when_opened(copied: Path, name: str, how: st
         return
     with pytest.raises(IndexDamagedError, match=text):
         open_index(copied)
+
+
+def test_a_damaged_block_log_stops_the_build_that_would_go_on_from_it(copied: Path) -> None:
+    (copied / "manifest.json").unlink()
+    log = next(copied.glob("generations/*/blocks.jsonl"))
+    log.write_text("nonsense\n" + log.read_text())
+    with pytest.raises(IndexDamagedError, match=r"block log .* is damaged"):
+        build(copied)
 
 
 @pytest.mark.parametrize("how", ["missing", "cut"])

@@ -29,7 +29,7 @@ from .store import CodedExamples, Generation
 from .task import Task, TaskError
 
 PLAN = "plan.json"
-BLOCK_ROWS = 2048
+LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS, LEAST_BLOCKS = 128, 2048, 16
 
 
 def build_index(
@@ -40,7 +40,7 @@ def build_index(
     task_spec: str | None = None,
     task_arguments: Mapping[str, Any] | None = None,
     batch_size: int = 32,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Index:
@@ -53,7 +53,7 @@ def build_index(
         task_spec: how the task was named, `path/to/file.py:ClassName`, kept in the index for those who serve it.
         task_arguments: its constructor's arguments, kept likewise.
         batch_size: examples in one forward and backward.
-        block_rows: examples in a block, the unit of resumption and of storage.
+        block_rows: examples in a block, the unit of resumption and of storage. None: 2048, fewer for a small index.
         device: a torch device name.
         progress: whether to draw progress on the terminal.
 
@@ -79,7 +79,7 @@ def build_index(
         task_spec=task_spec,
         task_arguments=dict(task_arguments or {}),
         batch_size=batch_size,
-        block_rows=block_rows,
+        block_rows=block_rows or _block_rows(len(examples)),
     )
     if (path / MANIFEST).exists():
         _refuse_other_plan(path, Manifest.read(path).plan, plan)
@@ -111,6 +111,14 @@ def _plan(task: Task, sketcher: ExampleSketcher, table: pa.Table, **kept: Any) -
         checkpoint_digests=checkpoint_digests(sketcher.checkpoints),
         **kept,
     )
+
+
+def _block_rows(num_examples: int) -> int:
+    """A power of two: large blocks read fast, and a build that is cut loses at most one."""
+    rows = LEAST_BLOCK_ROWS
+    while rows < MOST_BLOCK_ROWS and rows * LEAST_BLOCKS < num_examples:
+        rows *= 2
+    return rows
 
 
 def _begin(path: Path, plan: Plan) -> tuple[Path, Plan]:

@@ -134,7 +134,11 @@ class Generation:
         )
 
     def finished(self) -> dict[int, BlockEntry]:
-        """Entries of the block log by block. A line cut off by a crash is dropped: its block is computed again."""
+        """Entries of the block log by block. A line cut off by a crash is dropped: its block is computed again.
+
+        Raises:
+            IndexDamagedError: a whole line of it can't be read.
+        """
         log = self.path / BLOCK_LOG
         if not log.exists():
             return {}
@@ -142,7 +146,12 @@ class Generation:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             os.truncate(log, len(whole.encode()))
-        entries = [BlockEntry(**json.loads(line)) for line in whole.splitlines()]
+        try:
+            entries = [BlockEntry(**json.loads(line)) for line in whole.splitlines()]
+        except (TypeError, ValueError) as error:
+            raise IndexDamagedError(
+                f"block log {log} is damaged: {error}; remove the index's folder and build again"
+            ) from error
         return {entry.block: entry for entry in entries}
 
     def array(self, name: str) -> np.ndarray:
