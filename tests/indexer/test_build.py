@@ -281,6 +281,16 @@ class TwiceTheSame(LoopedTask):
         return str(row % 30)
 
 
+class MixedMetadata(LoopedTask):
+    def metadata(self, row: int) -> dict[str, Any]:
+        return {"column": row if row % 2 else "text"}
+
+
+class NumbersAsIds(LoopedTask):
+    def example_id(self, row: int) -> Any:
+        return row
+
+
 class NoCheckpoints(LoopedTask):
     def checkpoints(self) -> list[Checkpoint]:
         return []
@@ -312,6 +322,8 @@ class RandomLoops(LoopedTask):
     [
         (NoExamples, TaskError, "examples.. is empty"),
         (TwiceTheSame, TaskError, r"id '0' is that of rows \[0, 30\]"),
+        (MixedMetadata, TaskError, "metadata can't be stored: .* each column of metadata values of one type"),
+        (NumbersAsIds, TaskError, "can't be stored: .* example_id and describe must return text"),
         (NoCheckpoints, TaskError, "checkpoints.. is empty"),
         (SameNames, TaskError, r"names are \['step-0', 'step-0'\]"),
         (OtherModels, TaskError, "'step-1' has other loop parameters than 'step-0'"),

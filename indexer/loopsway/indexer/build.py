@@ -189,15 +189,21 @@ def _example_table(task: Task, count: int) -> pa.Table:
     """Ids, descriptions and metadata of all examples.
 
     Raises:
-        TaskError: two examples share an id.
+        TaskError: two examples share an id, or what the task returned can't be a column.
     """
     ids = [task.example_id(row) for row in range(count)]
     if len(set(ids)) < count:
         twice = next(example_id for example_id, times in Counter(ids).items() if times > 1)
         rows = [row for row, example_id in enumerate(ids) if example_id == twice]
         raise TaskError(f"example id {twice!r} is that of rows {rows[:8]}; example_id must give each row its own")
-    columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
-    columns["description"] = pa.array((task.describe(row) for row in range(count)), pa.string())
+    columns: dict[str, Any] = {"id": ids, "description": [task.describe(row) for row in range(count)]}
     if task.metadata(0):
-        columns["metadata"] = pa.array([dict(task.metadata(row)) for row in range(count)])
-    return pa.table(columns)
+        columns["metadata"] = [dict(task.metadata(row)) for row in range(count)]
+    schema = {"id": pa.string(), "description": pa.string(), "metadata": None}
+    try:
+        return pa.table({name: pa.array(values, schema[name]) for name, values in columns.items()})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise TaskError(
+            f"the examples' {', '.join(columns)} can't be stored: {error}; example_id and describe must return text, "
+            "and each column of metadata values of one type (str, int, float, bool, or None)"
+        ) from error
