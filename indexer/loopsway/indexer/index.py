@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet
-import torch
 
-from .coding import rotate, variance_factor
+from .coding import variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
 from .manifest import IndexDamagedError, Manifest, checkpoint_digests
+from .queries import checked_sketches, chosen_steps, query_vectors
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
 from .search import Slot, inner_products, open_slots
 from .store import Generation
@@ -189,12 +189,12 @@ class Index:
         Raises:
             ValueError: the sketches' shape or values, k, resolve or steps; the text says which.
         """
-        sketches, single = self._checked(query_sketches)
+        sketches, single = checked_sketches(query_sketches, self.width)
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
         wanted = pairs(resolve, self.num_steps, sketches.shape[1])
-        chosen = _chosen_steps(steps, len(wanted))
-        vectors = self._vectors(sketches)
+        chosen = chosen_steps(steps, len(wanted))
+        vectors = query_vectors(sketches, self.config.seed)
         found = self._search_pairs({Pair(None, TOTAL), *(wanted[step] for step in chosen)}, vectors, k)
         rankings = [
             Ranking(
@@ -235,14 +235,14 @@ class Index:
         self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
     ) -> tuple[np.ndarray, np.ndarray]:
         """`trajectories` and `standard_errors` at the cost of one of them."""
-        sketches, _ = self._checked(query_sketches)
+        sketches, _ = checked_sketches(query_sketches, self.width)
         rows = np.array([self.row_of(example_id) for example_id in example_ids], dtype=np.int64)
         query_steps = sketches.shape[1]
         if resolve == "step_matrix":
             wanted = [Pair(slot, step) for slot in range(self.num_steps) for step in range(query_steps)]
         else:
             wanted = pairs(resolve, self.num_steps, query_steps)
-        vectors = self._vectors(sketches)  # [Q, T + 1, W]
+        vectors = query_vectors(sketches, self.config.seed)  # [Q, T + 1, W]
         decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
         influences = np.stack(
             [inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2
@@ -300,25 +300,6 @@ class Index:
         scale = math.sqrt(variance_factor(self.bits) / self.width)
         return (np.hypot(norms * query_norms, influences) * scale).astype(np.float32)
 
-    def _vectors(self, sketches: np.ndarray) -> np.ndarray:
-        """Rotated sketches of each step and, last, of their sum, float32 [Q, T + 1, W]."""
-        rotated = rotate(torch.from_numpy(sketches), self.config.seed)
-        return torch.cat([rotated, rotated.sum(1, keepdim=True)], dim=1).numpy()
-
-    def _checked(self, query_sketches: Any) -> tuple[np.ndarray, bool]:
-        """The sketches as float32 [Q, T, W], and whether they were one query's."""
-        sketches = np.ascontiguousarray(query_sketches, dtype=np.float32)
-        single = sketches.ndim == 2
-        sketches = sketches[None] if single else sketches
-        if sketches.ndim != 3 or 0 in sketches.shape or sketches.shape[2] != self.width:
-            raise ValueError(
-                f"query sketches have shape {tuple(np.shape(query_sketches))}, expected [steps, {self.width}] or "
-                f"[queries, steps, {self.width}]: the width of index {self.name}"
-            )
-        if not np.isfinite(sketches).all():
-            raise ValueError("query sketches have values that are not finite; check the query's loss and gradients")
-        return sketches, single
-
     def _check_files(self) -> None:
         for name, facts in self.manifest.files.items():
             file = self._folder / name
@@ -334,12 +315,3 @@ class Index:
     @cached_property
     def _rows_by_id(self) -> dict[str, int]:
         return {example_id: row for row, example_id in enumerate(self._examples["id"].to_pylist())}
-
-
-def _chosen_steps(steps: Sequence[int] | None, count: int) -> list[int]:
-    if steps is None:
-        return list(range(count))
-    for step in steps:
-        if not 0 <= step < count:
-            raise ValueError(f"step {step} does not exist; expected 0 to {count - 1}")
-    return list(dict.fromkeys(steps))

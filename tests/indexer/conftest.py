@@ -1,0 +1,32 @@
+"""An index of fifty examples in four blocks, built once, and copies of it to damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from looped import LoopedTask
+from loopsway.indexer import Index, SketchConfig, build_index
+
+CONFIG = SketchConfig(width=256, bits=1)
+COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
+
+
+def build(path: Path, task: LoopedTask | None = None, config: SketchConfig = CONFIG, **arguments: Any) -> Index:
+    arguments = {"block_rows": BLOCK_ROWS, "batch_size": BATCH_SIZE, "progress": False, **arguments}
+    return build_index(task or LoopedTask(count=COUNT), path, config, **arguments)
+
+
+@pytest.fixture(scope="session")
+def whole_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("build") / "whole.index"
+    build(path)
+    return path
+
+
+@pytest.fixture
+def copied(whole_index: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_index, tmp_path / "copy.index"))

@@ -1,0 +1,64 @@
+"""An index that is missing, unfinished or damaged is refused when it is opened, or when the damaged part is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loopsway.indexer import IndexDamagedError, IndexNotFoundError, open_index
+
+
+def test_there_is_no_index_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(IndexNotFoundError, match=r"there is no index at .*nothing; make one with `loopsway build"):
+        open_index(tmp_path / "nothing")
+
+
+def damage(file: Path, how: str) -> None:
+    if how == "missing":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "text"),
+    [
+        ("manifest.json", "cut", "manifest of index .* is damaged"),
+        ("generations/*/examples.parquet", "missing", "examples.parquet is missing"),
+        ("generations/*/examples.parquet", "cut", "examples.parquet has .* bytes"),
+        ("generations/*/faiss/total.faiss", "cut", "total.faiss has .* bytes"),
+        ("generations/*/faiss/step-0001.faiss", "missing", "step-0001.faiss is missing"),
+        ("generations/*/arrays.zarr/step_factors/c/0/1", "flipped", "array step_factors .* can't be read"),
+        ("generations/*/arrays.zarr/total_norms/c/1", "missing", "total_norms .* never written"),
+        ("generations/*/arrays.zarr/losses/zarr.json", "missing", None),
+    ],
+)
+def test_a_damaged_index_is_refused_when_opened(copied: Path, name: str, how: str, text: str | None) -> None:
+    damage(next(copied.glob(name)), how)
+    if text is None:
+        open_index(copied)  # losses are not needed for search; their sums are in the manifest
+        return
+    with pytest.raises(IndexDamagedError, match=text):
+        open_index(copied)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_missing_codes_are_found_when_they_are_read(copied: Path, how: str) -> None:
+    index = open_index(copied)
+    damage(next(copied.glob("generations/*/arrays.zarr/total_codes/c/1/0")), how)
+    with pytest.raises(IndexDamagedError, match="is missing or cut short"):
+        index.trajectories(np.ones((4, 256)), ["train/20"])
+
+
+def test_another_format_version_is_refused(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(IndexDamagedError, match="has format version 99, this Loopsway reads 1"):
+        open_index(copied)
