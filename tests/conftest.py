@@ -25,12 +25,15 @@ def parity_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+# A warning is an error in the command's own processes too.
+COMMAND = [sys.executable, "-W", "error", "-m", "loopsway.cli"]
+
+
 def run_demo(checkout: Path) -> str:
     """What `loopsway demo` prints in this working directory, where it leaves `runs/demo`."""
     environment = os.environ | {"COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-W", "error", "-m", "loopsway.cli", "demo"]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=280, env=environment, cwd=checkout
+        [*COMMAND, "demo"], check=False, capture_output=True, text=True, timeout=280, env=environment, cwd=checkout
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -77,16 +77,9 @@ def choices(layers: tuple[tuple[int, int, int], ...], widths: tuple[int, ...], r
 
 def _adding(tokens: int, outputs: int, inputs: int, width: int, path: LayerPath) -> Callable[[], None]:
     """Adds one layer's gradients of a batch to its sketches."""
-    sketches = sketch.Sketches(
-        {"weight": (outputs, inputs)},
-        BATCH,
-        1,
-        width=width,
-        seed=0,
-        checkpoint="any",
-        layer_path=path,
-        device=torch.device("cpu"),
-    )
+    shapes, device = {"weight": (outputs, inputs)}, torch.device("cpu")
+    hashes = sketch.DeviceHash.of_parameters(shapes, width=width, seed=0, checkpoint="any", device=device)
+    sketches = sketch.Sketches(hashes, BATCH, 1, width=width, layer_path=path, device=device)
     gradient = OuterProduct(torch.randn(BATCH, tokens, outputs), torch.randn(BATCH, tokens, inputs))
     return partial(sketches.add, "weight", 0, gradient)
 

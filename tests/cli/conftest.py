@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from click.testing import CliRunner, Result
 from loopsway.cli.commands import loopsway
 from serving import TASK_SPEC
 
-COMMAND = [sys.executable, "-W", "error", "-m", "loopsway.cli"]
+from ..conftest import COMMAND
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import torch
 
 from loopsway.indexer.gradients import Dense
 from loopsway.indexer.hashes import parameter_hash, rotation_signs
-from loopsway.indexer.sketch import Sketches
+from loopsway.indexer.sketch import DeviceHash, Sketches
 
 TRIALS = 1500
 WIDTH = 64
@@ -67,19 +67,11 @@ def matrices(kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_the_estimate_is_unbiased_and_its_variance_within_the_bound(kind: str) -> None:
     a, b = matrices(kind)
     values = torch.from_numpy(np.stack([a.ravel(), b.ravel()])).float()
-    shape = a.shape
+    shape, device = a.shape, torch.device("cpu")
     estimates = []
     for seed in range(TRIALS):
-        sink = Sketches(
-            {"w": shape},
-            2,
-            1,
-            width=WIDTH,
-            seed=seed,
-            checkpoint="a",
-            layer_path="auto",
-            device=torch.device("cpu"),
-        )
+        hashes = DeviceHash.of_parameters({"w": shape}, width=WIDTH, seed=seed, checkpoint="a", device=device)
+        sink = Sketches(hashes, 2, 1, width=WIDTH, layer_path="auto", device=device)
         sink.add("w", 0, Dense(values))
         estimates.append(float(sink.values[0, 0] @ sink.values[1, 0]))
     exact = np.sum(a * b)

@@ -24,7 +24,7 @@ from looped import MODELS, InjectedModel, collate, losses, make_examples, make_m
 from loopsway.indexer import Loop, SketchConfig, StepSketcher
 from loopsway.indexer.coding import decode, encode, rotate, variance_factor
 from loopsway.indexer.gradients import Dense, OuterProduct, TableRows
-from loopsway.indexer.sketch import ExactGradients, GradientSink, Sketches, choose_path
+from loopsway.indexer.sketch import DeviceHash, ExactGradients, GradientSink, Sketches, choose_path
 
 TRIALS = 200
 WIDTH = 256
@@ -149,16 +149,9 @@ def test_steps_sum_to_the_sketch_of_the_whole_gradient(kind: Any) -> None:
 
 
 def new_sketches(shapes: Any, batch: int, num_steps: int, width: int = 512) -> Sketches:
-    return Sketches(
-        shapes,
-        batch,
-        num_steps,
-        width=width,
-        seed=0,
-        checkpoint="single",
-        layer_path="auto",
-        device=torch.device("cpu"),
-    )
+    device = torch.device("cpu")
+    hashes = DeviceHash.of_parameters(shapes, width=width, seed=0, checkpoint="single", device=device)
+    return Sketches(hashes, batch, num_steps, width=width, layer_path="auto", device=device)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -20,8 +20,9 @@ import pyarrow.parquet
 from .coding import code_examples
 from .config import SketchConfig
 from .features import ExampleSketcher
+from .files import write_json
 from .index import EXAMPLES, Index, generation_folder, open_index
-from .manifest import MANIFEST, IndexDamagedError, IndexExistsError, Manifest, Plan, checkpoint_digests, write_json
+from .manifest import MANIFEST, IndexDamagedError, IndexExistsError, Manifest, Plan, checkpoint_digests
 from .progress import BuildProgress
 from .publication import publish
 from .search import import_faiss
@@ -76,6 +77,7 @@ def build_index(
         task,
         sketcher,
         table,
+        examples,
         task_spec=task_spec,
         task_arguments=dict(task_arguments or {}),
         batch_size=batch_size,
@@ -94,9 +96,8 @@ def build_index(
     return open_index(path)
 
 
-def _plan(task: Task, sketcher: ExampleSketcher, table: pa.Table, **kept: Any) -> Plan:
+def _plan(task: Task, sketcher: ExampleSketcher, table: pa.Table, examples: Sequence[Any], **kept: Any) -> Plan:
     """The plan of this build; `kept` are the fields that the caller chose."""
-    examples = task.examples()
     probe = sketcher.sketch([examples[row] for row in range(min(2, len(examples)))])
     ids = hashlib.blake2b("\0".join(table["id"].to_pylist()).encode(), digest_size=16).hexdigest()
     return Plan(

@@ -51,7 +51,6 @@ class _Run:
     num_steps: int = 0
     with_gradient: set[int] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
-    anchors: list[Tensor] = field(default_factory=list)
     sink: GradientSink | None = None
     batch: int = 0
 
@@ -188,7 +187,6 @@ class Capture:
         changed = None
         if not output.requires_grad:  # nothing before this call needs a gradient: begin the graph here
             anchor = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
-            run.anchors.append(anchor)
             output = changed = output + anchor
         call = _Call(module, name, rule, run.num_steps - 1, inputs.detach(), inputs._version)
         output.register_hook(partial(self._on_gradient, run, call))

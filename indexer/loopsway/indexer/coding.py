@@ -72,8 +72,7 @@ def code_examples(sketches: Tensor, *, seed: int, bits: int) -> tuple[Codes, Cod
 def rotate(sketches: Tensor, seed: int) -> Tensor:
     """The random rotation of the last dimension, W a power of two; inner products stay."""
     width = sketches.shape[-1]
-    signs = torch.from_numpy(rotation_signs(seed, width)).to(sketches.device) / math.sqrt(width)
-    out = sketches.float() * signs
+    out = sketches.float() * _signs(seed, width, sketches.device)
     inner = min(LARGEST_FACTOR, width)
     out = out.reshape(-1, inner) @ _hadamard(inner, out.device)
     stride = inner
@@ -154,6 +153,12 @@ def _uniform_variance_factor(bits: int) -> float:
     code = np.clip(np.floor(x / GAUSSIAN_STEP[bits]) + levels // 2, 0, levels - 1) * 2 - (levels - 1)
     along = np.sum(weight * x * code) / np.sqrt(np.sum(weight * x * x) * np.sum(weight * code * code))
     return float(1 / along**2)
+
+
+@lru_cache
+def _signs(seed: int, width: int, device: torch.device) -> Tensor:
+    """The rotation's signs over sqrt(W), which makes the transform orthonormal."""
+    return torch.from_numpy(rotation_signs(seed, width)).to(device) / math.sqrt(width)
 
 
 @lru_cache

@@ -23,7 +23,7 @@ from .capture import Capture, Captured, Losses
 from .config import Checkpoint, Loop, SketchConfig
 from .gradients import Dense
 from .hashes import CONSTRUCTION
-from .sketch import ExactGradients, GradientSink, Sketches
+from .sketch import DeviceHash, ExactGradients, GradientSink, Sketches
 from .task import Task, TaskError
 
 # Relative disagreement with plain autograd that is rounding: float32, and the half precisions.
@@ -62,6 +62,15 @@ class StepSketcher:
         self._scale = math.sqrt(self._checkpoint.learning_rate)
         self._device = next(iter(self._capture.parameters.values())).device
         self._checked_examples = 0
+        self._hashes: dict[str, DeviceHash] = {}
+        if self.config.width is not None:
+            self._hashes = DeviceHash.of_parameters(
+                self._capture.shapes,
+                width=self.config.width,
+                seed=self.config.seed,
+                checkpoint=self._checkpoint.name,
+                device=self._device,
+            )
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -95,17 +104,15 @@ class StepSketcher:
         return captured
 
     def _new_sink(self, batch: int, num_steps: int) -> GradientSink:
-        shapes, config = self._capture.shapes, self.config
-        if config.width is None:
-            return ExactGradients(shapes, batch, num_steps, device=self._device)
+        width = self.config.width
+        if width is None:
+            return ExactGradients(self._capture.shapes, batch, num_steps, device=self._device)
         return Sketches(
-            shapes,
+            self._hashes,
             batch,
             num_steps,
-            width=config.width,
-            seed=config.seed,
-            checkpoint=self._checkpoint.name,
-            layer_path=config.layer_path,
+            width=width,
+            layer_path=self.config.layer_path,
             device=self._device,
         )
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -48,7 +47,6 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return 1, int(np.prod(shape, dtype=np.int64))
 
 
-@lru_cache(maxsize=4096)
 def parameter_hash(seed: int, checkpoint: str, parameter: str, shape: tuple[int, ...], width: int) -> ParameterHash:
     """The hash of one parameter at one checkpoint; the same arguments always give the same arrays."""
     rows, columns = matrix_shape(shape)

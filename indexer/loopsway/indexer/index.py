@@ -198,8 +198,8 @@ class Index:
         found = self._search_pairs({Pair(None, TOTAL), *(wanted[step] for step in chosen)}, vectors, k)
         rankings = [
             Ranking(
-                total=self._influencers(None, *found[Pair(None, TOTAL)][query]),
-                steps=tuple(self._influencers(step, *found[wanted[step]][query]) for step in chosen),
+                total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
+                steps=tuple(self._influencers(step, *found[wanted[step]][query], k) for step in chosen),
             )
             for query in range(len(sketches))
         ]
@@ -262,8 +262,8 @@ class Index:
 
     def _search_pairs(
         self, wanted: set[Pair], vectors: np.ndarray, k: int
-    ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]]:
-        """(rows, influences, standard errors, k) of each pair's candidates for each query; one scan for a slot."""
+    ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
         found = {}
         for slot in {pair.slot for pair in wanted}:
             mine = sorted(pair for pair in wanted if pair.slot == slot)
@@ -271,7 +271,7 @@ class Index:
             ranked = self._slots[slot].search(queries, k)
             norms = np.linalg.norm(queries, axis=1)
             answers = [
-                (rows, scores, self._errors(scores, self._slots[slot].norms[rows], norm), k)
+                (rows, scores, self._errors(scores, self._slots[slot].norms[rows], norm))
                 for (rows, scores), norm in zip(ranked, norms, strict=True)
             ]
             for place, pair in enumerate(mine):

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .config import Checkpoint, Loop, SketchConfig
+from .files import file_digest, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -145,31 +144,6 @@ class Manifest:
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that a reader sees all of it or the file as it was before, also after a power failure."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import file_digest, sync, write_json
 from .index import EXAMPLES, FAISS_FOLDER, RECALL
-from .manifest import Manifest, file_digest, sync, write_json
+from .manifest import Manifest
 from .progress import BuildProgress
 from .search import Slot, open_slots
 from .store import Generation

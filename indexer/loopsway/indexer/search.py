@@ -49,25 +49,24 @@ class Slot:
         """Decoded rows, float32 [n, W]."""
         return decode(self._generation.codes(self.step, rows), self.factors[rows], self._bits)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All decoded rows, block by block: the first row's number and float32 [n, W]."""
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All decoded rows in order, a block at a time, float32 [n, W]."""
         plan = self._generation.plan
         for block in range(plan.num_blocks):
             rows = plan.rows_of(block)
             factors = self.factors[rows.start : rows.stop]
-            yield rows.start, decode(self._generation.block_codes(self.step, block), factors, self._bits)
+            yield decode(self._generation.block_codes(self.step, block), factors, self._bits)
 
-    def build(self, folder: Path) -> Path:
-        """Writes the slot's FAISS index into a folder and gives its path."""
+    def build(self, folder: Path) -> None:
+        """Makes the slot's FAISS index and writes it into a folder."""
         faiss = import_faiss()
         index = _new_index(faiss, self._generation.plan.width, self._bits)
         scale = self._scale()
         index.train(self._extremes(scale))
-        for _, rows in self.blocks():
+        for rows in self.blocks():
             index.add(rows * np.float32(scale))
         faiss.write_index(index, str(folder / self.file_name))
         self._faiss = index
-        return folder / self.file_name
 
     def load(self, folder: Path) -> None:
         """Opens the slot's FAISS index, memory-mapped where FAISS can."""
@@ -112,7 +111,7 @@ class Slot:
     def exact_search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Scores of the k best rows of each query by reading every code: the oracle of `search`; [M, k]."""
         best = np.full((len(queries), 0), 0, np.float32)
-        for _, rows in self.blocks():
+        for rows in self.blocks():
             best = np.concatenate([best, queries @ rows.T], axis=1)
             best = -np.sort(-best, axis=1)[:, :k]
         return best
@@ -133,7 +132,7 @@ class Slot:
         """The least and the largest of each coordinate, [2, W]: all that a scalar quantizer learns from training."""
         low = high = np.zeros(self._generation.plan.width, np.float32)
         if self._bits in (2, 4, 8):
-            for _, rows in self.blocks():
+            for rows in self.blocks():
                 low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
         return np.stack([low, high]) * np.float32(scale)
 

@@ -45,35 +45,27 @@ class Sketches:
     """Fused sketches of a batch.
 
     Args:
-        shapes: of each parameter, by name.
+        hashes: of each parameter, by name; made once by `DeviceHash.of_parameters`.
         batch: number of examples B.
         num_steps: S.
         width: W.
-        seed: of the hashes.
-        checkpoint: its name, part of the hashes' key.
         layer_path: "auto" or a forced path.
         device: of the result.
     """
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, ...]],
+        hashes: Mapping[str, DeviceHash],
         batch: int,
         num_steps: int,
         *,
         width: int,
-        seed: int,
-        checkpoint: str,
         layer_path: LayerPath,
         device: torch.device,
     ) -> None:
         self.values = torch.zeros(batch, num_steps, width, device=device)  # [B, S, W]
-        self._width = width
+        self._hashes, self._width = hashes, width
         self._layer_path: LayerPath = layer_path
-        self._hashes = {
-            name: _DeviceHash(parameter_hash(seed, checkpoint, name, shape, width), device)
-            for name, shape in shapes.items()
-        }
 
     def add(self, parameter: str, step: int, gradient: Gradient) -> None:
         out, hashed = self.values[:, step], self._hashes[parameter]  # [B, W]
@@ -126,8 +118,17 @@ def choose_path(left: Tensor, right: Tensor, width: int, layer_path: LayerPath) 
     return "product" if product <= fourier else "fourier"
 
 
-class _DeviceHash:
+class DeviceHash:
     """A parameter's hash as tensors."""
+
+    @classmethod
+    def of_parameters(
+        cls, shapes: Mapping[str, tuple[int, ...]], *, width: int, seed: int, checkpoint: str, device: torch.device
+    ) -> dict[str, DeviceHash]:
+        """The hashes of parameters of these shapes, by name; `checkpoint` is part of their key."""
+        return {
+            name: cls(parameter_hash(seed, checkpoint, name, shape, width), device) for name, shape in shapes.items()
+        }
 
     def __init__(self, hashed: ParameterHash, device: torch.device) -> None:
         self.rows = torch.from_numpy(hashed.row_buckets).to(device)
@@ -142,19 +143,19 @@ class _DeviceHash:
         return ((self.rows[rows, None] + self.columns) & (self.width - 1)).flatten()
 
 
-def _add_entries(out: Tensor, signed: Tensor, hashed: _DeviceHash, rows: slice) -> None:
+def _add_entries(out: Tensor, signed: Tensor, hashed: DeviceHash, rows: slice) -> None:
     """Adds the entries [B, R, C] of these rows, without signs yet, into their buckets."""
     signed = signed * hashed.row_signs[rows, None] * hashed.column_signs
     out.index_add_(1, hashed.buckets(rows), signed.flatten(1))
 
 
-def _add_table_rows(out: Tensor, rows: Tensor, values: Tensor, hashed: _DeviceHash) -> None:
+def _add_table_rows(out: Tensor, rows: Tensor, values: Tensor, hashed: DeviceHash) -> None:
     signed = values * hashed.column_signs * hashed.row_signs[rows].unsqueeze(-1)  # [B, T, D]
     buckets = (hashed.rows[rows].unsqueeze(-1) + hashed.columns) & (hashed.width - 1)
     out.scatter_add_(1, buckets.flatten(1), signed.flatten(1))
 
 
-def _add_by_product(out: Tensor, left: Tensor, right: Tensor, hashed: _DeviceHash) -> None:
+def _add_by_product(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash) -> None:
     """Multiplies g^T a out for a tile of rows at a time; the whole [B, O, I] of a layer is never held at once."""
     batch, _, outputs = left.shape
     left, right = left * hashed.row_signs, right * hashed.column_signs
@@ -165,7 +166,7 @@ def _add_by_product(out: Tensor, left: Tensor, right: Tensor, hashed: _DeviceHas
         out.index_add_(1, hashed.buckets(rows), product.flatten(1))
 
 
-def _add_by_fourier(out: Tensor, left: Tensor, right: Tensor, hashed: _DeviceHash) -> None:
+def _add_by_fourier(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash) -> None:
     batch, tokens, _ = left.shape
     width = hashed.width
     tile = max(1, TILE_BYTES // (16 * tokens * width))  # two sketches and two spectra of each token

@@ -27,7 +27,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from .coding import Codes, code_shape
-from .manifest import IndexDamagedError, Plan, sync
+from .files import sync
+from .manifest import IndexDamagedError, Plan
 
 ARRAYS = "arrays.zarr"
 BLOCK_LOG = "blocks.jsonl"

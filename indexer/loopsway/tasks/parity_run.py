@@ -6,7 +6,6 @@ Knows how a run is written and read, each file whole or not at all, and nothing 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from loopsway.indexer.config import Checkpoint
+from loopsway.indexer.files import write_whole
 
 from .parity_strings import held_out_strings
 
@@ -84,7 +84,7 @@ class TrainReport:
         """Makes the run finished."""
         record = {"format": FORMAT, **asdict(self)}
         del record["run"]  # the folder may be moved
-        _replace(Path(self.run) / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        write_whole(Path(self.run) / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, run: str | Path) -> TrainReport:
@@ -143,15 +143,5 @@ class CheckpointWriter:
     def write(self, model: torch.nn.Module, *, step: int, learning_rate: float) -> None:
         name = f"checkpoint-{len(self._saved) + 1:04d}"
         checkpoint = SavedCheckpoint(name=name, step=step, learning_rate=learning_rate, file=f"{name}.safetensors")
-        _replace(self._folder / checkpoint.file, save(model.state_dict()))
+        write_whole(self._folder / checkpoint.file, save(model.state_dict()))
         self._saved.append(checkpoint)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all: under another name until it is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

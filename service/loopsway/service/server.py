@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from loopsway.indexer.files import write_json
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
 
@@ -138,7 +138,7 @@ async def _serve(engines: Sequence[Engine], settings: Settings, ready_file: Path
             names = ", ".join(engine.name for engine in engines)
             print(f"serving {names} on {settings.host}:{port}", flush=True)
             if ready_file is not None:
-                _write_ready(ready_file, port)
+                write_json(ready_file, {"port": port, "pid": os.getpid()})
         await stopping.wait()
         _log.info("stopping: running requests have %g s to finish", settings.grace_s)
     finally:
@@ -156,12 +156,6 @@ async def _start_unless(server: Server, stopping: asyncio.Event) -> None:
         starting.result()
     else:
         starting.cancel()
-
-
-def _write_ready(path: Path, port: int) -> None:
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    whole.write_text(json.dumps({"port": port, "pid": os.getpid()}))
-    whole.replace(path)
 
 
 def _is_loopback(host: str) -> bool:
