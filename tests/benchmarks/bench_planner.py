@@ -1,10 +1,11 @@
-"""Measures the planner's three constants on this machine, and how good its choices are.
+"""Measures the planner's constants on this machine, how good its choices are, and what each path costs.
 
     python tests/benchmarks/bench_planner.py [--smoke]
 
-The planner of loopsway.indexer.sketch prices a linear layer's two paths, product and Fourier, with MULTIPLY_ADD_NS,
-SCATTER_NS and FFT_NS. The first table gives each one's value for several shapes and the median, which is the value to
-suggest. The second times both paths through `Sketches` and shows what the choice cost over the better one.
+loopsway.indexer.planner prices a linear layer's two paths, product and Fourier, with constants in nanoseconds. The
+first table gives each one's value for several shapes and the median, which is the value to suggest. The second times
+both paths through `Sketches`, beside the matrix product alone (bmm), and shows what the planner's choice cost over the
+better one. The third times row bucketing of a vocabulary's matrix.
 """
 
 from __future__ import annotations
@@ -17,79 +18,142 @@ from functools import partial
 import torch
 from measurement import markdown_table, median_seconds, parse_arguments
 
-from loopsway.indexer import sketch
+from loopsway.indexer import planner
 from loopsway.indexer.config import LayerPath
 from loopsway.indexer.gradients import OuterProduct
+from loopsway.indexer.sketch import DeviceHash, Sketches
 
 BATCH = 8
 # Tokens, outputs, inputs.
 LAYERS = ((16, 192, 64), (96, 384, 128), (96, 512, 128), (128, 1024, 256), (128, 256, 1024), (256, 1536, 512))
 WIDTHS = (1024, 8192, 65536)
-SMOKE_LAYERS, SMOKE_WIDTHS = ((4, 16, 8),), (256,)
+VOCABULARIES = ((128, 8192, 256, 1024), (64, 32768, 128, 1024))  # and the width
+SMOKE_LAYERS, SMOKE_WIDTHS, SMOKE_VOCABULARIES = ((4, 16, 8),), (256,), ((4, 400, 8, 64),)
+
+Layer = tuple[int, int, int]
 
 
-def multiply_add_ns(tokens: int, outputs: int, inputs: int, repeats: int) -> float:
-    left, right = torch.randn(BATCH, tokens, outputs), torch.randn(BATCH, tokens, inputs)
-    seconds = median_seconds({"": lambda: torch.bmm(left.transpose(1, 2), right)}, repeats)[""]
-    return seconds * 1e9 / (BATCH * tokens * outputs * inputs)
+def multiply_add_ns(layer: Layer, repeats: int) -> float:
+    tokens, outputs, inputs = layer
+    return _nanoseconds(_multiplying(layer), repeats) / (BATCH * tokens * outputs * inputs)
 
 
-def scatter_ns(outputs: int, inputs: int, width: int, repeats: int) -> float:
+def scatter_ns(layer: Layer, width: int, repeats: int) -> float:
     """What the product path costs beyond its multiply-adds, for each entry: one token, so that those are few."""
-    call = _adding(1, outputs, inputs, width, "product")
-    return median_seconds({"": call}, repeats)[""] * 1e9 / (BATCH * outputs * inputs)
+    _, outputs, inputs = layer
+    return _nanoseconds(_adding((1, outputs, inputs), width, "product"), repeats) / (BATCH * outputs * inputs)
+
+
+def sign_ns(layer: Layer, repeats: int) -> float:
+    tokens, _, inputs = layer
+    right, signs = torch.randn(BATCH, tokens, inputs), torch.ones(inputs)
+    return _nanoseconds(lambda: right * signs, repeats) / right.numel()
+
+
+def group_ns(vocabulary: tuple[int, int, int, int], repeats: int) -> float:
+    tokens, outputs, inputs, width = vocabulary
+    left, hashed = torch.randn(BATCH, tokens, outputs), _hashes((tokens, outputs, inputs), width, True)["weight"]
+    return _nanoseconds(lambda: hashed.group_rows(left), repeats) / left.numel()
 
 
 def fft_ns(tokens: int, width: int, repeats: int) -> float:
     """Half of what the Fourier path costs for each token, for each of W log2 W: sketches and their product included."""
-    call = _adding(tokens, 1, 1, width, "fourier")
-    return median_seconds({"": call}, repeats)[""] * 1e9 / (2 * BATCH * tokens * width * (width.bit_length() - 1))
+    call = _adding((tokens, 1, 1), width, "fourier")
+    return _nanoseconds(call, repeats) / (2 * BATCH * tokens * width * (width.bit_length() - 1))
 
 
-def constants(layers: tuple[tuple[int, int, int], ...], widths: tuple[int, ...], repeats: int) -> str:
+def bucket_ns(layer: Layer, width: int, repeats: int) -> float:
+    tokens, outputs, _ = layer
+    sketches, values = torch.zeros(BATCH, tokens, width), torch.randn(BATCH, tokens, outputs)
+    buckets = torch.randint(0, width, (outputs,))
+    return _nanoseconds(lambda: sketches.index_add_(2, buckets, values), repeats) / values.numel()
+
+
+def constants(
+    layers: tuple[Layer, ...],
+    widths: tuple[int, ...],
+    vocabularies: tuple[tuple[int, int, int, int], ...],
+    repeats: int,
+) -> str:
     found = {
-        "MULTIPLY_ADD_NS": [multiply_add_ns(*layer, repeats) for layer in layers],
-        "SCATTER_NS": [scatter_ns(*layer[1:], width, repeats) for layer in layers for width in widths],
+        "MULTIPLY_ADD_NS": [multiply_add_ns(layer, repeats) for layer in layers],
+        "SCATTER_NS": [scatter_ns(layer, width, repeats) for layer in layers for width in widths],
+        "SIGN_NS": [sign_ns(layer, repeats) for layer in layers],
+        "GROUP_NS": [group_ns(vocabulary, repeats) for vocabulary in vocabularies],
         "FFT_NS": [fft_ns(tokens, width, repeats) for tokens, _, _ in layers for width in widths],
+        "BUCKET_NS": [bucket_ns(layer, widths[0], repeats) for layer in layers],
     }
     rows = []
     for name, values in found.items():
         median, spread = statistics.median(values), f"{min(values):.3f} to {max(values):.3f}"
-        rows.append((name, f"{getattr(sketch, name):g}", f"{median:.3g}", spread))
-    return markdown_table(("constant", "in sketch.py", "suggested", "measured"), rows)
+        rows.append((name, f"{getattr(planner, name):g}", f"{median:.3g}", spread))
+    return markdown_table(("constant", "in planner.py", "suggested", "measured"), rows)
 
 
-def choices(layers: tuple[tuple[int, int, int], ...], widths: tuple[int, ...], repeats: int) -> str:
+def choices(layers: tuple[Layer, ...], widths: tuple[int, ...], repeats: int) -> str:
     rows = []
-    for tokens, outputs, inputs in layers:
+    for layer in layers:
         for width in widths:
             paths: tuple[LayerPath, ...] = ("product", "fourier")
-            calls = {path: _adding(tokens, outputs, inputs, width, path) for path in paths}
-            milliseconds = {path: 1e3 * seconds for path, seconds in median_seconds(calls, repeats).items()}
-            left, right = torch.empty(BATCH, tokens, outputs), torch.empty(BATCH, tokens, inputs)
-            chosen = sketch.choose_path(left, right, width, "auto")
-            regret = milliseconds[chosen] / min(milliseconds.values())
-            timed = (f"{milliseconds[path]:.1f}" for path in paths)
-            rows.append((f"{tokens} x {outputs} x {inputs}", str(width), *timed, chosen, f"{regret:.2f}"))
-    header = ("T x O x I", "W", "product, ms", "Fourier, ms", "chosen", "chosen / better")
+            calls = {"bmm": _multiplying(layer)} | {path: _adding(layer, width, path) for path in paths}
+            milliseconds = {name: 1e3 * seconds for name, seconds in median_seconds(calls, repeats).items()}
+            chosen = planner.choose_path(*layer, width)
+            regret = milliseconds[chosen] / min(milliseconds[path] for path in paths)
+            timed = (f"{milliseconds[name]:.1f}" for name in calls)
+            ratio = f"{milliseconds['product'] / milliseconds['bmm']:.2f}"
+            rows.append((" x ".join(map(str, layer)), str(width), *timed, ratio, chosen, f"{regret:.2f}"))
+    header = ("T x O x I", "W", "bmm, ms", "product, ms", "Fourier, ms", "product / bmm", "chosen", "chosen / better")
     return markdown_table(header, rows)
 
 
-def _adding(tokens: int, outputs: int, inputs: int, width: int, path: LayerPath) -> Callable[[], None]:
+def grouping(vocabularies: tuple[tuple[int, int, int, int], ...], repeats: int) -> str:
+    rows = []
+    for tokens, outputs, inputs, width in vocabularies:
+        layer = tokens, outputs, inputs
+        calls = {name: _adding(layer, width, "product", name == "grouped") for name in ("rows", "grouped")}
+        seconds = median_seconds(calls, repeats)
+        groups = _hashes(layer, width, True)["weight"].groups
+        expected = planner.product_ns(*layer, groups) / planner.product_ns(*layer)
+        ratio = seconds["grouped"] / seconds["rows"]
+        rows.append((" x ".join(map(str, layer)), str(width), str(groups), f"{ratio:.2f}", f"{expected:.2f}"))
+    return markdown_table(("T x O x I", "W", "row groups", "time / ungrouped", "expected"), rows)
+
+
+def _multiplying(layer: Layer) -> Callable[[], object]:
+    tokens, outputs, inputs = layer
+    left, right = torch.randn(BATCH, tokens, outputs), torch.randn(BATCH, tokens, inputs)
+    return lambda: torch.bmm(left.transpose(1, 2), right)
+
+
+def _adding(layer: Layer, width: int, path: LayerPath, row_bucketing: bool = False) -> Callable[[], None]:
     """Adds one layer's gradients of a batch to its sketches."""
-    shapes, device = {"weight": (outputs, inputs)}, torch.device("cpu")
-    hashes = sketch.DeviceHash.of_parameters(shapes, width=width, seed=0, checkpoint="any", device=device)
-    sketches = sketch.Sketches(hashes, BATCH, 1, width=width, layer_path=path, device=device)
+    tokens, outputs, inputs = layer
+    hashes = _hashes(layer, width, row_bucketing)
+    sketches = Sketches(hashes, BATCH, 1, width=width, layer_path=path, device=torch.device("cpu"))
     gradient = OuterProduct(torch.randn(BATCH, tokens, outputs), torch.randn(BATCH, tokens, inputs))
     return partial(sketches.add, "weight", 0, gradient)
+
+
+def _hashes(layer: Layer, width: int, row_bucketing: bool) -> dict[str, DeviceHash]:
+    shapes, device = {"weight": layer[1:]}, torch.device("cpu")
+    return DeviceHash.of_parameters(
+        shapes, width=width, seed=0, checkpoint="any", device=device, row_bucketing=row_bucketing
+    )
+
+
+def _nanoseconds(call: Callable[[], object], repeats: int) -> float:
+    return median_seconds({"": call}, repeats)[""] * 1e9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments = parse_arguments(parser)
-    layers, widths = (SMOKE_LAYERS, SMOKE_WIDTHS) if arguments.smoke else (LAYERS, WIDTHS)
-    print(constants(layers, widths, arguments.repeats), flush=True, end="\n\n")
-    print(choices(layers, widths, arguments.repeats))
+    layers, widths, vocabularies = LAYERS, WIDTHS, VOCABULARIES
+    if arguments.smoke:
+        layers, widths, vocabularies = SMOKE_LAYERS, SMOKE_WIDTHS, SMOKE_VOCABULARIES
+    print(constants(layers, widths, vocabularies, arguments.repeats), flush=True, end="\n\n")
+    print(choices(layers, widths, arguments.repeats), flush=True, end="\n\n")
+    print(grouping(vocabularies, arguments.repeats))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ class Comparison:
     def __init__(self, extent: Extent, texts: Sequence[str]) -> None:
         self.extent = extent
         self.task = GPTTask(extent.shape, texts, training_steps=extent.training_steps)
-        self.model: LoopedGPT = self.task.model(self.task.checkpoints()[0])
+        model = self.task.model(self.task.checkpoints()[0])
+        assert isinstance(model, LoopedGPT)
+        self.model = model
         self.num_tensors = sum(1 for _ in self.model.block.parameters())
         self.train = self._batches(texts[: extent.num_train])
         self.queries = self._batches(texts[-extent.num_queries :])

@@ -85,21 +85,28 @@ class LoopedGPT(nn.Module):
 
 
 class GPTTask(Task):
-    """Next-byte prediction by one LoopedGPT, trained for some steps of AdamW from a fixed seed."""
+    """Next-byte prediction by one model, trained for some steps of AdamW from a fixed seed.
 
+    Attributes:
+        architecture: of the model.
+        body: name of the module that owns the loop's parameters.
+    """
+
+    architecture: type[nn.Module] = LoopedGPT
+    body = "block"
     loop = Loop(body=["block"])
 
     def __init__(self, shape: Shape, texts: Sequence[str], *, training_steps: int = 0) -> None:
         self._shape, self._texts = shape, texts
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self._model = LoopedGPT(shape)
+            self._model = self.architecture(shape)
         self._train(training_steps)
 
     def checkpoints(self) -> list[Checkpoint]:
         return [Checkpoint(name="last", learning_rate=1.0)]
 
-    def model(self, checkpoint: Checkpoint) -> LoopedGPT:
+    def model(self, checkpoint: Checkpoint) -> nn.Module:
         return self._model.eval()
 
     def examples(self) -> Sequence[str]:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Adds what every benchmark program takes, parses, and sets the number of threads."""
+def parse_arguments(parser: argparse.ArgumentParser, *, threads: int = 1) -> argparse.Namespace:
+    """Adds what every benchmark program takes, parses, and sets the number of threads (by default `threads`)."""
     parser.add_argument("--smoke", action="store_true", help="a run of seconds whose figures mean nothing")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one: time by the wall (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, default=threads, help=f"of torch; more than one: time by the wall (default: {threads})"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="of each timing (default: 7)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -13,6 +13,18 @@ FOLDER = Path(__file__).parent
 ROWS = {
     "bench_reference.py": ["| reference, m=16 | 32 |", *(f"| ours, W=256 | {bits} |" for bits in (32, 8, 1))],
     "bench_build.py": ["| looped GPT d=32, T=16, 2 steps, batch 4 | 8192 |"],
+    "bench_sketch.py": [
+        "| (a) looped GPT, d=32, T=16, 2 steps, batch 4 |",
+        "| (b) looped GPT, d=32, T=16, 2 steps, batch 4 |",
+        "| (c) 2 / 4 / 2 blocks, d=32, T=16, 2 steps, batch 4 |",
+        "| (d) ALBERT's shape, d=32, T=16, 2 steps, batch 4 |",
+        "| (e) GPT-2 of 4 layers, d=32, T=16, 1 step, batch 4 |",
+        "| (b) looped GPT, d=32, T=16, 2 steps, batch 1 |",
+        *(f"| ours, W=512 | {bits} | 512 |" for bits in (1, 2, 4, 8, 16, 32)),
+        *("| reference, m=22 | 32 | 264 | 1,056 |", "| reference, m=22 | 32 | 1,056 | 4,224 |"),
+        *("| reference, m=22 | 264 |", "| 32 | 256 | 1 |"),
+        *("| B | 4 |", "| steps | 2 |", "| T | 16 |", "| 1024 |", "| 512 | "),
+    ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 
@@ -21,10 +33,20 @@ ROWS = {
 def test_a_smoke_run_prints_every_row_of_its_table(program: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LOOPSWAY_GSM8K"}
     run = subprocess.run(
-        [sys.executable, FOLDER / program, "--smoke"], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, FOLDER / program, "--smoke"], capture_output=True, text=True, timeout=240, env=environment
     )
     assert run.returncode == 0, run.stderr
     missing = [row for row in ROWS[program] if row not in run.stdout]
     assert not missing, f"{missing} are not in\n{run.stdout}"
-    if program == "bench_reference.py":
+    if program in ("bench_reference.py", "bench_sketch.py"):
         assert "GSM8K is skipped: LOOPSWAY_GSM8K" in run.stdout
+
+
+def test_the_curve_of_widths_is_drawn_as_png_and_svg(tmp_path: Path) -> None:
+    options = ["--smoke", "--part", "widths", "--figure", tmp_path / "new/curve"]
+    run = subprocess.run(
+        [sys.executable, FOLDER / "bench_sketch.py", *options], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "new/curve.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "new/curve.svg").read_bytes()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from loopsway.cli.inspection import show_plan
 from loopsway.indexer import open_index
 from serving import TASK_SPEC
 
@@ -110,6 +114,27 @@ def test_inspect_gives_one_json_document(tiny_index: Path) -> None:
     assert [step["step"] for step in document["step_norms"]] == [0, 1, 2]
     assert sum(step["share"] for step in document["step_norms"]) == pytest.approx(1, abs=1e-5)
     assert [checkpoint["learning_rate"] for checkpoint in document["checkpoints"]] == [0.1, 0.05]
+
+
+def test_inspect_gives_the_plan_that_the_build_kept(tiny_index: Path) -> None:
+    plan = json.loads(invoke(["inspect", tiny_index, "--json"]).stdout)["plan"]
+    assert isinstance(plan, list)
+    result = invoke(["inspect", tiny_index, "--plan"])
+    assert result.exit_code == 0, result.output
+    for text in [entry["parameter"] for entry in plan] or ["keeps no plan"]:
+        assert text in result.stdout
+
+
+def test_a_plan_is_a_table_with_a_line_for_each_parameter() -> None:
+    known = {"parameter": "block.0.weight", "shape": [8, 16], "path": "product", "uses": 3}
+    timed = {**known, "expected_ms": 1.25, "measured_ms": 1.5, "note": "[as planned]"}
+    console = Console(file=io.StringIO(), width=120)
+    show_plan(
+        {"path": "x.index", "plan": [timed, {**known, "expected_ms": 2, "measured_ms": None, "note": ""}]}, console
+    )
+    lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    assert re.fullmatch(r"block\.0\.weight +8 x 16 +product +3 +1\.25 +1\.5 +\[as planned\] *", lines[1])
+    assert re.fullmatch(r"block\.0\.weight +8 x 16 +product +3 +2 *", lines[2])
 
 
 def test_inspect_names_what_is_missing_or_damaged_in_one_line(tiny_index: Path, tmp_path: Path) -> None:

@@ -60,5 +60,5 @@ def test_missing_codes_are_found_when_they_are_read(copied: Path, how: str) -> N
 def test_another_format_version_is_refused(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(IndexDamagedError, match="has format version 99, this Loopsway reads 1"):
+    with pytest.raises(IndexDamagedError, match="has format version 99, this Loopsway reads 2"):
         open_index(copied)

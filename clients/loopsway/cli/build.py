@@ -9,29 +9,56 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .failure import INTERRUPTED, in_one_line, needs
-from .tasks import task_options
+from .tasks import hf_options, task_options
 
 if TYPE_CHECKING:
     from loopsway.indexer import Index
 
 
 @click.command(short_help="Sketch a task's training examples into an index.")
-@task_options(required=True, help="path/to/file.py:ClassName, package.module:ClassName, or parity.")
+@hf_options
+@task_options(required=False, help="path/to/file.py:ClassName, package.module:ClassName, or parity.")
 @click.option("--out", metavar="PATH", required=True, help="The index to make, such as runs/parity.index.")
 @click.option("--width", default=8192, show_default=True, help="Floats in a sketch, a power of two.")
 @click.option("--bits", default=1, show_default=True, help="Stored bits for each of them: 1, 2, 4, 8, 16 or 32.")
 @click.option("--seed", default=0, show_default=True, help="Of every hash.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Examples at a time.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option(
+    "--optimizer-aware", is_flag=True, help="Influence of a step of Adam, from its second moments at each checkpoint."
+)
+@click.option("--row-bucketing", is_flag=True, help="Merge rows of wide layers: faster, with a little more error.")
 def build(
-    task: str, task_arg: dict[str, Any], out: str, width: int, bits: int, seed: int, batch_size: int, device: str
+    task: str,
+    task_arg: dict[str, Any],
+    out: str,
+    width: int,
+    bits: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    optimizer_aware: bool,
+    row_bucketing: bool,
 ) -> None:
     """Sketches every training example at every step and checkpoint, and writes the index.
 
     Stopped at any moment and run again, it goes on where it was. An index that is there already is left as it is.
+
+    What to index is a --task, or a Hugging Face model: --hf with --loop and --data.
     """
     started = time.monotonic()
-    index = build_index(task, task_arg, out, width=width, bits=bits, seed=seed, batch_size=batch_size, device=device)
+    index = build_index(
+        task,
+        task_arg,
+        out,
+        width=width,
+        bits=bits,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        optimizer_aware=optimizer_aware,
+        row_bucketing=row_bucketing,
+    )
     click.echo(
         f"{index.path}: {index.num_examples:,} examples x {index.num_steps} steps, "
         f"{index.size_bytes / 2**20:,.1f} MiB, {time.monotonic() - started:.1f} s"
@@ -48,12 +75,16 @@ def build_index(
     seed: int,
     batch_size: int,
     device: str,
+    optimizer_aware: bool = False,
+    row_bucketing: bool = False,
 ) -> Index:
     """Loads the task and builds; ends the process with a message when it fails or is interrupted."""
     with needs("building needs the indexer", "indexer,cpu"):
         from loopsway import indexer
     try:
-        config = indexer.SketchConfig(width=width, bits=bits, seed=seed)
+        config = indexer.SketchConfig(
+            width=width, bits=bits, seed=seed, optimizer_aware=optimizer_aware, row_bucketing=row_bucketing
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:

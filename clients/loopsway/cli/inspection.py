@@ -21,8 +21,9 @@ Description = dict[str, Any]
 @click.command(short_help="Show what an index holds.")
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else.")
-def inspect(path: str, as_json: bool) -> None:
-    """Shows what the index at PATH holds: sizes, checkpoints, and each step's norms."""
+@click.option("--plan", "only_plan", is_flag=True, help="How each parameter is sketched, and what that costs.")
+def inspect(path: str, as_json: bool, only_plan: bool) -> None:
+    """Shows what the index at PATH holds: sizes, checkpoints, and each step's norms; with --plan how it was built."""
     with in_one_line(), needs("inspecting needs the indexer", "indexer,cpu"):
         from loopsway.indexer import open_index
 
@@ -32,7 +33,10 @@ def inspect(path: str, as_json: bool) -> None:
         return
     with needs("printing tables needs the command's extra", "cli"):
         from rich.console import Console
-    show(description, Console())
+    if only_plan:
+        show_plan(description, Console())
+    else:
+        show(description, Console())
 
 
 def describe(index: Index) -> Description:
@@ -68,13 +72,15 @@ def describe(index: Index) -> Description:
         "step_norms": [
             {
                 "step": step,
+                "slot": slot,
                 "mean": float(means[step]),
                 "median": float(_median(norms[step])),
                 "share": float(shares[step]),
                 "has_gradient": step not in without,
             }
-            for step in range(index.num_steps)
+            for step, slot in enumerate(index.slots)
         ],
+        "plan": index.plan,
     }
 
 
@@ -102,6 +108,34 @@ def show(description: Description, console: Console) -> None:
         )
 
 
+def show_plan(description: Description, console: Console) -> None:
+    """Prints how each parameter is sketched, and how long that was expected to take and took."""
+    from rich.text import Text
+
+    from .tables import listing
+
+    if not description["plan"]:
+        console.print(f"{description['path']} keeps no plan: it was built by an earlier version")
+        return
+    text = ["parameter", "shape", "path", "note"]
+    table = listing(["parameter", "shape", "path", "uses", "expected ms", "measured ms", "note"], text=text)
+    table.columns[0].overflow = "fold"  # the ends of the names tell them apart
+    for entry in description["plan"]:
+        table.add_row(
+            Text(entry["parameter"]),
+            " x ".join(map(str, entry["shape"])),
+            entry["path"],
+            str(entry["uses"]),
+            *(_milliseconds(entry[kind]) for kind in ("expected_ms", "measured_ms")),
+            Text(entry["note"] or ""),
+        )
+    console.print(table)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 def _facts(description: Description) -> dict[str, str]:
     loop, arguments = description["loop"], description["task_arguments"]
     in_brackets = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -109,7 +143,9 @@ def _facts(description: Description) -> dict[str, str]:
     return {
         "index": description["path"],
         "examples": f"{description['examples']:,}",
-        "steps": str(description["steps"]),
+        "steps": f"{description['steps'] - 2}, and what is before and after the loop"
+        if loop["outside"]
+        else str(description["steps"]),
         "sketch": f"width {description['width']:,}, {description['bits']} bit{'s' * (description['bits'] != 1)}, "
         f"seed {description['seed']}",
         "on disk": f"{description['size_bytes'] / 2**20:,.1f} MiB, {description['bytes_per_row']:,.0f} bytes for each "
@@ -139,7 +175,7 @@ def _steps(description: Description) -> Any:
     largest = max((step["share"] for step in steps), default=0.0) or 1.0
     for step in steps:
         table.add_row(
-            str(step["step"]),
+            step["slot"],
             f"{step['mean']:.3g}",
             f"{step['median']:.3g}",
             f"{step['share']:.1%}",

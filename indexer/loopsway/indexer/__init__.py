@@ -6,10 +6,12 @@ The data's way: Task -> capture (activations and output gradients, by step) -> s
 
 from .build import build_index
 from .config import Checkpoint, Loop, SketchConfig
-from .features import ExampleSketcher, StepSketcher
+from .features import ExampleSketcher
 from .index import Index, UnknownExampleError, open_index
 from .manifest import IndexDamagedError, IndexExistsError, IndexNotFoundError
+from .plan import PlanEntry
 from .ranking import Example, Influencers, Ranked, Ranking
+from .sketcher import StepSketcher
 from .task import Task, TaskError, is_shipped, load_task
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "IndexNotFoundError",
     "Influencers",
     "Loop",
+    "PlanEntry",
     "Ranked",
     "Ranking",
     "SketchConfig",

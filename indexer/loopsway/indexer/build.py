@@ -92,7 +92,7 @@ def build_index(
     with BuildProgress(shown=progress) as bars:
         _sketch_blocks(generation, sketcher, examples, bars)
         pyarrow.parquet.write_table(table, folder / EXAMPLES)
-        publish(path, generation, bars)
+        publish(path, generation, [entry.to_dict() for entry in sketcher.plan()], bars)
     return open_index(path)
 
 

@@ -1,27 +1,36 @@
-"""Runs a model's forward and backward and hands every body module's per-example gradients to a sink, step by step.
+"""Runs a model's forward and backward and hands every parameter's per-example gradients to a sink, step by step.
 
-A hook after each parameter-owning module's call notes the call's input and the step it belongs to; a hook on the
-call's output receives the output's gradient in the backward pass and turns the pair into gradients at once, so that
-activations are freed as the backward pass goes. Parameters need no gradient meanwhile.
+`Uses` reports each call that brings a parameter and the batch together; a hook on the call's output receives the
+output's gradient in the backward pass and turns it into the parameters' gradients at once, so that activations are
+freed as the backward pass goes. Parameters need no gradient meanwhile. Where it is not known which entries belong to
+which example, the backward pass runs again with weighted losses (`owners.py`): at a model's first batch, and behind
+routers.
 
 This file knows no hashes: the sink does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import backward
+from .body import Body
 from .config import Loop
-from .gradients import Rule, rule_of, supported
+from .derived import to_parameters
+from .gradients import Dense, Gradient, OuterProduct, TableRows
+from .owners import DIGIT, DIGIT_HALF, Axis, MixedExamplesError, Owners, digits_of, num_places, weights
+from .rules import Context, rule_for
+from .sites import Site, Sites
 from .sketch import GradientSink
+from .steps import Moment, Steps
+from .uses import BROADCASTS, NotFollowedError, Use, Uses, is_differentiable
 
 Losses = Callable[[nn.Module, Any], Tensor]
 SinkFactory = Callable[[int, int], GradientSink]
@@ -33,36 +42,53 @@ class Captured:
 
     Attributes:
         losses: [B], detached.
-        sink: holding [B, S, ...].
+        values: [B, slots, W], or [B, slots, P] when exact: the steps, then `before` and `after` if they were asked for.
+        sink: that they came from.
+        num_steps: S.
         steps_without_gradient: steps that ran under no_grad or were cut off from the loss.
     """
 
     losses: Tensor
+    values: Tensor
     sink: GradientSink
+    num_steps: int
     steps_without_gradient: tuple[int, ...]
 
 
-@dataclass
-class _Run:
-    """The state of one forward and backward."""
+@dataclass(eq=False)
+class _Trace:
+    """What earlier passes told of one output: its plain gradient, and its entries' owners so far."""
 
-    marker: nn.Module | None
-    in_forward: bool = True
-    num_steps: int = 0
-    with_gradient: set[int] = field(default_factory=set)
-    called: set[str] = field(default_factory=set)
+    plain: Tensor
+    owner: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Run:
+    """The state of one forward and its backward passes."""
+
+    steps: Steps
+    outside: bool
     sink: GradientSink | None = None
     batch: int = 0
+    place: int | None = None  # of the digit that this backward pass tells; None in the plain pass
+    digit: int = DIGIT
+    traces: dict[int, _Trace] = field(default_factory=dict)
+    with_gradient: set[int] = field(default_factory=set)
+    used_in_steps: bool = False
+    may_trace: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Call:
-    module: nn.Module
-    name: str
-    rule: Rule
-    step: int
-    inputs: Tensor
-    version: int
+    use: Use
+    moment: Moment
+    site: Site
+    output: Tensor | None  # kept only while the site has to learn how the call is split
+
+
+class _LearnedError(Exception):
+    """Something was learned that changes how the batch has to be run: run it again."""
 
 
 class Capture:
@@ -72,188 +98,270 @@ class Capture:
         model: any module; it is left as it was found after each run.
         loop: which modules are the body.
 
+    Attributes:
+        used_autocast: whether any use so far was under autocast.
+        seen: of the last run, how often each parameter was used by each function, with its entries' owners.
+
     Raises:
-        ValueError: the body matches nothing, owns no trainable parameter, or owns one of an unsupported module.
+        ValueError: the body matches nothing or owns no trainable parameter.
     """
 
     def __init__(self, model: nn.Module, loop: Loop) -> None:
-        self.model, self._loop = model, loop
-        modules = dict(model.named_modules())
-        self._roots = {name: modules[name] for name in _matches(modules, loop.body)}
-        self._marker = _marker(modules, loop.marker)
-        self._rules: dict[str, tuple[nn.Module, Rule]] = {}
-        self.parameters: dict[str, nn.Parameter] = {}
-        for name, module in modules.items():
-            if any(root == "" or name == root or name.startswith(root + ".") for root in self._roots):
-                self._own(name, module)
-        if not self.parameters:
-            raise ValueError(f"loop body {list(loop.body)} owns no parameter that requires a gradient")
+        self.model, self.body = model, Body(model, loop)
+        self.parameters = self.body.parameters
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._sites = Sites()
+        self.seen: dict[str, dict[tuple[str, str], int]] = {}
+        self.used_autocast = False
+        self._anchors = True  # until a run shows that no checkpoint needs its inputs to have gradients
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-
-    def run(self, losses: Losses, batch: Any, new_sink: SinkFactory) -> Captured:
+    def run(self, losses: Losses, batch: Any, new_sink: SinkFactory, *, outside: bool | None = None) -> Captured:
         """One forward and backward.
 
         Args:
             losses: `losses(model, batch)` gives each example's own loss, [B].
             batch: for `losses`.
-            new_sink: called with (B, S) between forward and backward.
+            new_sink: called with (B, number of slots) between forward and backward.
+            outside: whether `before` and `after` are wanted; None: as the loop says.
 
         Raises:
             ValueError: what the losses or the model's calls break is named.
+            NotFollowedError: a use of a parameter can't be told apart by example from the outside.
         """
-        run = _Run(marker=self._marker)
-        with _frozen(self.model), self._hooked(run), torch.enable_grad():
+        outside = self.body.loop.outside if outside is None else outside
+        while True:
+            try:
+                return self._run_once(losses, batch, new_sink, outside)
+            except _LearnedError:
+                continue
+
+    def _run_once(self, losses: Losses, batch: Any, new_sink: SinkFactory, outside: bool) -> Captured:
+        steps = self.body.steps()
+        run = _Run(steps, outside)
+        self.seen = {}
+        uses = Uses(
+            self.parameters.values(),
+            self.body.constants(),
+            partial(self._on_use, run),
+            lambda use: not self._sites.of(use).is_shared,
+            anchors=self._anchors,
+        )
+        with _frozen(self.model), steps.watched(), uses, torch.enable_grad():
             values = losses(self.model, batch)
-            run.in_forward = False
-            _check_losses(values, run)
-            self._check_calls(run)
-            run.batch, run.sink = len(values), new_sink(len(values), run.num_steps)
-            values.sum().backward()
-        missing = tuple(sorted(set(range(run.num_steps)) - run.with_gradient))
-        return Captured(losses=values.detach(), sink=run.sink, steps_without_gradient=missing)
+            with torch._C.DisableTorchFunction():
+                check_losses(values, steps)
+                self.body.check(steps, run.used_in_steps)
+                run.batch = len(values)
+                run.sink = new_sink(len(values), steps.num_steps + 2 * outside)
+            self._backward(run, values)
+        self._anchors = steps.has_recomputed
+        missing = tuple(sorted(set(range(steps.num_steps)) - run.with_gradient))
+        return Captured(
+            losses=values.detach(),
+            values=run.sink.values,
+            sink=run.sink,
+            num_steps=steps.num_steps,
+            steps_without_gradient=missing,
+        )
 
-    def _own(self, name: str, module: nn.Module) -> None:
-        owned = {
-            f"{name}.{key}" if name else key: parameter
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad
-        }
-        if not owned:
+    def _backward(self, run: _Run, values: Tensor) -> None:
+        """The plain pass, and those that tell owners if any are unknown."""
+        run.steps.begin_backward()
+        torch.autograd.backward(values.sum(), retain_graph=run.may_trace and run.batch > 1)
+        if not run.traces:
             return
-        rule = rule_of(module)
-        if rule is None:
-            raise ValueError(
-                f"loop body module {name!r} is a {type(module).__name__}, whose parameters ({', '.join(owned)}) can't "
-                f"be attributed yet: supported are {supported()}; leave it out of Loop(body=...), or freeze it with "
-                "requires_grad_(False)"
-            )
-        for key, parameter in owned.items():
-            twin = next((other for other, known in self.parameters.items() if known is parameter), None)
-            if twin is not None:
-                raise ValueError(f"parameters {twin} and {key} are one tensor; shared weights in the body can't be "
-                                 "attributed yet")  # fmt: skip
-            self.parameters[key] = parameter
-        self._rules[name] = (module, rule)
+        if any(trace.plain.dtype == torch.float16 for trace in run.traces.values()):
+            run.digit = DIGIT_HALF
+        places = num_places(run.batch, run.digit)
+        for place in range(places):
+            run.place = place
+            run.steps.begin_backward()
+            scaled = values * weights(run.batch, place, run.digit, values.device)
+            torch.autograd.backward(scaled.sum(), retain_graph=place + 1 < places)
 
-    @contextmanager
-    def _hooked(self, run: _Run) -> Iterator[None]:
-        handles = [
-            root.register_forward_pre_hook(partial(self._enter, run), prepend=True) for root in self._step_modules()
-        ]
-        for name, (module, rule) in self._rules.items():
-            hook = partial(self._note, run, name, rule)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _step_modules(self) -> list[nn.Module]:
-        return [self._marker] if self._marker is not None else list(self._roots.values())
-
-    def _enter(self, run: _Run, module: nn.Module, _args: Any) -> None:
-        if run.marker is None:
-            run.marker = module
-        if module is run.marker:
-            _refuse_recomputation(run)
-            run.num_steps += 1
-
-    def _note(
-        self,
-        run: _Run,
-        name: str,
-        rule: Rule,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> Tensor | None:
-        """After a call: remember its input, and ask for its output's gradient."""
-        _refuse_recomputation(run)
-        run.called.add(name)
-        if run.num_steps == 0:
-            raise ValueError(
-                f"module {name!r} was called before any step began: the loop's marker is "
-                f"{self._loop.marker or 'the first of ' + str(list(self._loop.body))}; name in Loop(body=...) the "
-                "modules whose own forward is called"
-            )
+    def _on_use(self, run: _Run, use: Use, out: Any) -> Any:
+        self.used_autocast |= use.autocast is not None
+        site = self._sites.of(use)
+        run.may_trace |= not site.is_known()
+        moment = run.steps.note() if run.steps.in_forward else run.steps.recomputed()
+        if moment is not None:
+            run.used_in_steps |= moment.step >= 0
         if not torch.is_grad_enabled():
+            return out
+        if not any(each.requires_grad for each in backward.differentiable(out)):
+            out = _anchored(use, out)
+        if moment is None:  # recomputed only for what it saved: the gradients come to the first pass's outputs
+            return out
+        outputs = backward.differentiable(out)
+        if not any(each.requires_grad for each in outputs):
+            raise NotFollowedError(f"{use.name}() is called inside torch.vmap")
+        call = _Call(use, moment, site, outputs[0].detach() if site.needs_output() else None)
+        if len(outputs) == 1:
+            outputs[0].register_hook(lambda gradient: self._on_gradients(run, call, [gradient]))
+        else:
+            wanted = [each for each in outputs if each.requires_grad]
+            places = [at for at, each in enumerate(outputs) if each.requires_grad]
+            torch.autograd.graph.register_multi_grad_hook(
+                wanted, lambda found: self._on_gradients(run, call, _at(places, found, len(outputs)))
+            )
+        return out
+
+    def _on_gradients(self, run: _Run, call: _Call, gradients: list[Tensor | None]) -> None:
+        first = next((each for each in gradients if each is not None), None)
+        slot = run.steps.slot(call.moment, outside=run.outside)
+        if first is None or slot is None or not first.numel():
+            return
+        if slot < run.steps.num_steps:
+            run.with_gradient.add(slot)
+        device = first.device.type
+        with torch.no_grad(), torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
+            try:
+                owners = self._owners(run, call, first)
+            except MixedExamplesError as error:
+                raise self._mixed(call) from error
+            if owners is not None:
+                self._add(run, call, slot, gradients, owners)
+
+    def _owners(self, run: _Run, call: _Call, gradient: Tensor) -> Owners | None:
+        """Whose the output's entries are; None while that is being traced, or once the call is done."""
+        clock = call.moment.clock
+        if run.place is None:
+            owners = call.site.owners(call.use, run.batch)
+            if owners is None and not run.may_trace:  # another shape than what was learned: trace it after all
+                call.site.axes = []
+                raise _LearnedError
+            if owners is None:
+                run.traces[clock] = _Trace(_real(gradient).clone())
+            return owners
+        trace = run.traces.get(clock)
+        if trace is None:
             return None
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        changed = None
-        if not output.requires_grad:  # nothing before this call needs a gradient: begin the graph here
-            anchor = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
-            output = changed = output + anchor
-        call = _Call(module, name, rule, run.num_steps - 1, inputs.detach(), inputs._version)
-        output.register_hook(partial(self._on_gradient, run, call))
-        return changed
+        digits = digits_of(trace.plain, _real(gradient), run.digit)
+        part = torch.where(digits >= 0, digits * run.digit**run.place, -1)
+        trace.owner = part if trace.owner is None else torch.where(part >= 0, trace.owner + part, -1)
+        if run.digit ** (run.place + 1) < run.batch:
+            return None
+        return call.site.learn(trace.owner, run.batch)
 
-    def _on_gradient(self, run: _Run, call: _Call, output_gradients: Tensor) -> None:
+    def _add(self, run: _Run, call: _Call, slot: int, gradients: list[Tensor | None], owners: Owners) -> None:
+        use, batch = call.use, run.batch
+        scale = None
+        if run.place is not None:
+            scale = 1 / weights(batch, run.place, run.digit, self.body.device)
+        found = None
+        if len(gradients) == 1:
+            assert gradients[0] is not None
+            found = rule_for(Context(use, gradients[0], owners, batch))
+        call.site.has_rule = found is not None
+        if found is None:
+            found = self._without_rule(call, gradients, owners, batch)
         assert run.sink is not None
-        if call.inputs.shape[0] != run.batch:
-            raise ValueError(
-                f"module {call.name!r} was called with an input of shape {tuple(call.inputs.shape)}, but the batch has "
-                f"{run.batch} examples: its first dimension must be the batch (expand what all examples share)"
-            )
-        if call.inputs._version != call.version:
-            raise ValueError(f"the input of module {call.name!r} was changed in place after the call; its gradient "
-                             "is lost")  # fmt: skip
-        run.with_gradient.add(call.step)
-        with torch.no_grad():
-            for key, gradient in call.rule(call.module, call.inputs, output_gradients).items():
-                parameter = f"{call.name}.{key}" if call.name else key
-                if parameter in self.parameters:
-                    run.sink.add(parameter, call.step, gradient)
+        for source, its_gradient in found:
+            for parameter, gradient in to_parameters(source, its_gradient):
+                name = self._names[id(parameter)]
+                for part in placed(gradient, parameter):
+                    run.sink.add(name, slot, part if scale is None else _scaled(part, scale))
+                counts = self.seen.setdefault(name, {})
+                key = (use.name, str(owners))
+                counts[key] = counts.get(key, 0) + 1
+        use.leaves, call.output = None, None
 
-    def _check_calls(self, run: _Run) -> None:
-        if run.num_steps == 0:
-            raise ValueError(f"the loop's body {list(self._loop.body)} was never entered in the forward pass")
-        idle = [name for name in self._rules if name not in run.called]
-        if idle:
-            raise ValueError(
-                f"module {idle[0]!r} of the loop body was never called in the forward pass, so its parameters' "
-                "gradients can't be seen; leave it out of Loop(body=...) or freeze it with requires_grad_(False)"
-            )
+    def _without_rule(self, call: _Call, gradients: list[Tensor | None], owners: Owners, batch: int) -> Any:
+        if not isinstance(owners, Axis):
+            raise NotFollowedError(f"{call.use.name}() is used on rows in any order, and there is no rule for it")
+        split = call.site.split
+        if split is None:
+            if call.output is None:  # a rule took this place's uses so far: keep their outputs from now on
+                call.site.has_rule = False
+                raise _LearnedError
+            split = backward.split_of(call.use, call.output, owners, batch)
+            if batch > 1:
+                call.site.split = split
+        return backward.gradients(call.use, split, gradients, owners, batch)
 
-
-def _refuse_recomputation(run: _Run) -> None:
-    if not run.in_forward:
-        raise ValueError(
-            "the loop body was run again inside the backward pass: activation checkpointing can't be attributed yet; "
-            "turn it off (for a Hugging Face model: model.gradient_checkpointing_disable())"
+    def _mixed(self, call: _Call) -> Exception:
+        if call.use.name in BROADCASTS and not call.site.is_shared:
+            call.site.is_shared = True
+            return _LearnedError()
+        roots = [self._names[id(root)] for source in call.use.sources.values() for root in source.roots()]
+        return ValueError(
+            f"one example's loss depends on another's: the gradient at {call.use.name}() with {', '.join(roots)} mixes "
+            "examples. Each entry of losses(model, batch) must depend on its own example alone (no batch norm in "
+            "training mode, no load balancing over the batch, no contrast between examples)"
         )
 
 
-def _matches(modules: dict[str, nn.Module], patterns: Any) -> list[str]:
-    names: dict[str, None] = {}
-    for pattern in patterns:
-        found = [name for name in modules if name == pattern or (name and fnmatchcase(name, pattern))]
-        if not found:
-            known = ", ".join(name for name in modules if name and name.count(".") < 2)
-            raise ValueError(f"loop body {pattern!r} matches no module of the model; it has {known}")
-        names.update(dict.fromkeys(found))
-    return list(names)
+def placed(gradient: Gradient, parameter: Tensor) -> Iterator[Gradient]:
+    """The same gradient in forms that a sink takes: stacks of matrices and of rows become entries."""
+    match gradient:
+        case OuterProduct(left, right, int(index)):
+            entries = torch.bmm(left.transpose(1, 2), right).flatten(1)
+            yield Dense(entries, index * entries.shape[1])
+        case TableRows(rows, values) if parameter.dim() != 2:
+            for row in rows.unique().tolist():
+                entries = (values * (rows == row).unsqueeze(-1)).sum(1)
+                yield Dense(entries, row * entries.shape[1])
+        case _:
+            yield gradient
 
 
-def _marker(modules: dict[str, nn.Module], name: str | None) -> nn.Module | None:
-    if name is not None and name not in modules:
-        raise ValueError(f"loop marker {name!r} is no module of the model; it has {', '.join(filter(None, modules))}")
-    return None if name is None else modules[name]
+def _scaled(gradient: Gradient, scale: Tensor) -> Gradient:
+    match gradient:
+        case OuterProduct(left, _, _):
+            return replace(gradient, left=left * scale[:, None, None])
+        case TableRows(_, values):
+            return replace(gradient, values=values * scale[:, None, None])
+        case Dense(values, _):
+            return replace(gradient, values=values * scale[:, None])
 
 
-def _check_losses(values: Any, run: _Run) -> None:
+def _anchored(use: Use, out: Any) -> Any:
+    """Nothing before this call needs a gradient: begin the graph here."""
+    outputs = backward.differentiable(out)
+    anchor = torch.zeros((), device=outputs[0].device, dtype=outputs[0].dtype, requires_grad=True)
+    if isinstance(out, Tensor):
+        return out.add_(anchor) if use.name.endswith("_") else out + anchor
+    changed = [each + anchor if is_differentiable(each) else each for each in out]
+    return tuple(changed) if type(out) is tuple else changed if type(out) is list else type(out)(changed)
+
+
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+def _at(places: list[int], found: Any, size: int) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = [None] * size
+    for place, gradient in zip(places, found, strict=True):
+        gradients[place] = gradient
+    return gradients
+
+
+def check_losses(values: Any, steps: Steps) -> None:
+    """Raises ValueError for what is not one finite loss for each example that depends on the loop."""
     if not isinstance(values, Tensor) or values.dim() != 1:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"losses(model, batch) gave {shape}, expected one loss for each example: a tensor of [B]")
     if not values.isfinite().all():
         bad = (~values.isfinite()).nonzero().flatten().tolist()
         raise ValueError(f"the losses of examples {bad[:8]} of the batch are not finite: {values[bad[:8]].tolist()}")
-    if not values.requires_grad and run.num_steps:
+    if not values.requires_grad and steps.num_steps:
         raise ValueError("the losses depend on no step of the loop: every step ran under no_grad or was detached")
+
+
+def dense_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], losses: Losses, batch: Any
+) -> dict[str, Tensor]:
+    """Of the batch's last example, by plain autograd; without those that its loss does not depend on."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        with torch.enable_grad():  # not autograd.grad: reentrant checkpointing refuses it
+            losses(model, batch)[-1].backward()
+        return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 @contextmanager

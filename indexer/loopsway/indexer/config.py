@@ -26,10 +26,14 @@ class Loop:
             parameter-owning module at or below a match is captured.
         marker: name of the module whose every call begins a new step. None: the first module matched by `body` that
             is entered in a forward.
+        outside: attribute to every trainable parameter of the model, not to the body's alone: two more slots follow the
+            steps, `before` the first step and `after` the last call of a body module, and the sum over all slots is
+            the whole model's gradient.
     """
 
     body: Sequence[str]
     marker: str | None = None
+    outside: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.body, str):
@@ -40,11 +44,11 @@ class Loop:
         object.__setattr__(self, "body", body)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"body": list(self.body), "marker": self.marker}
+        return {"body": list(self.body), "marker": self.marker, "outside": self.outside}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Loop:
-        return cls(body=data["body"], marker=data["marker"])
+        return cls(body=data["body"], marker=data["marker"], outside=data["outside"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +63,21 @@ class SketchConfig:
         seed: of every hash and of the rotation.
         layer_path: how linear layers are sketched. "auto" lets the planner choose for each layer; the others force
             one path. The two give the same sketch to rounding.
+        row_bucketing: hash the rows of a matrix of 5 x width rows or more, a vocabulary's for instance, into groups
+            that share a bucket and are summed before a gradient is multiplied out. Takes that matrix a fraction of the
+            time, makes another sketch, and adds up to a tenth to its error, a fifth in the worst case.
+        optimizer_aware: scale every gradient entry by (sqrt(v) + optimizer_epsilon)^(-1/2), with Adam's second moment v
+            at the checkpoint, so that influences are of an Adam step and not of plain SGD.
+        optimizer_epsilon: Adam's.
     """
 
     width: int | None = 8192
     bits: int = 1
     seed: int = 0
     layer_path: LayerPath = "auto"
+    row_bucketing: bool = False
+    optimizer_aware: bool = False
+    optimizer_epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -80,6 +93,12 @@ class SketchConfig:
             raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**64")
         if self.layer_path not in get_args(LayerPath):
             raise ValueError(f"layer_path is {self.layer_path!r}, expected one of {get_args(LayerPath)}")
+        if not isinstance(self.row_bucketing, bool):
+            raise TypeError(f"row_bucketing is {self.row_bucketing!r}, expected True or False")
+        if not 0 < self.optimizer_epsilon < 1:
+            raise ValueError(
+                f"optimizer_epsilon is {self.optimizer_epsilon}, expected 0 < epsilon < 1, such as Adam's 1e-8"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

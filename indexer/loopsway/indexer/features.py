@@ -1,4 +1,4 @@
-"""From examples to sketches: one checkpoint's `StepSketcher`, and a task's `ExampleSketcher` over all its checkpoints.
+"""From a task's examples to their sketches over all its checkpoints.
 
 B examples, K checkpoints, S steps, W width.
 
@@ -11,134 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .capture import Capture, Captured, Losses
 from .config import Checkpoint, Loop, SketchConfig
-from .gradients import Dense
 from .hashes import CONSTRUCTION
-from .sketch import DeviceHash, ExactGradients, GradientSink, Sketches
+from .plan import PlanEntry
+from .sketcher import StepSketcher
 from .task import Task, TaskError
-
-# Relative disagreement with plain autograd that is rounding: float32, and the half precisions.
-CHECK_TOLERANCE, CHECK_TOLERANCE_HALF = 1e-3, 5e-2
-
-
-class StepSketcher:
-    """Sketches each example's gradient with respect to the loop body as used at each step.
-
-    The first batch is checked against plain autograd: the sketch of one example, summed over steps, must be the
-    sketch of that example's own dense gradient. So a parameter used behind a module's back, a batch dimension that is
-    not first and losses that mix examples are errors, not wrong numbers. The check costs one forward and backward.
-
-    Args:
-        model: in eval mode; its device and dtype are used as they are. Parameters with requires_grad=False are left
-            out.
-        loop: the body.
-        config: width=None gives exact gradients, [B, S, P], in the order of `parameters`.
-        checkpoint: whose weights the model has, for its hashes and its learning rate. None: learning rate 1.
-
-    Raises:
-        ValueError: the body can't be attributed; the module is named.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loop: Loop,
-        config: SketchConfig | None = None,
-        *,
-        checkpoint: Checkpoint | None = None,
-    ) -> None:
-        self.config = config or SketchConfig()
-        self._capture = Capture(model, loop)
-        self._checkpoint = checkpoint or _SINGLE
-        self._scale = math.sqrt(self._checkpoint.learning_rate)
-        self._device = next(iter(self._capture.parameters.values())).device
-        self._checked_examples = 0
-        self._hashes: dict[str, DeviceHash] = {}
-        if self.config.width is not None:
-            self._hashes = DeviceHash.of_parameters(
-                self._capture.shapes,
-                width=self.config.width,
-                seed=self.config.seed,
-                checkpoint=self._checkpoint.name,
-                device=self._device,
-            )
-
-    @property
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is attributed to."""
-        return self._capture.shapes
-
-    def sketch(self, losses: Losses, batch: Any) -> Tensor:
-        """Sketches of a batch.
-
-        Args:
-            losses: `losses(model, batch)` gives each example's own loss, [B].
-            batch: for `losses`, on the model's device.
-
-        Returns:
-            [B, S, W] float32, scaled by the square root of the learning rate.
-
-        Raises:
-            ValueError: the losses or the model break what attribution needs; the text says what.
-        """
-        return self.run(losses, batch).sink.values
-
-    def run(self, losses: Losses, batch: Any) -> Captured:
-        """As `sketch`, with the losses and the steps without gradient beside the sketches (`sink.values`)."""
-        _refuse_randomness(self._capture.model)
-        captured = self._capture.run(losses, batch, self._new_sink)
-        size = len(captured.losses)
-        if self._checked_examples < min(size, 2):
-            self._check(losses, batch, captured)
-            self._checked_examples = size
-        captured.sink.values.mul_(self._scale)
-        return captured
-
-    def _new_sink(self, batch: int, num_steps: int) -> GradientSink:
-        width = self.config.width
-        if width is None:
-            return ExactGradients(self._capture.shapes, batch, num_steps, device=self._device)
-        return Sketches(
-            self._hashes,
-            batch,
-            num_steps,
-            width=width,
-            layer_path=self.config.layer_path,
-            device=self._device,
-        )
-
-    def _check(self, losses: Losses, batch: Any, captured: Captured) -> None:
-        """Compares the batch's last example with its dense gradient by plain autograd."""
-        parameters = self._capture.parameters
-        with torch.enable_grad():
-            loss = losses(self._capture.model, batch)[-1]
-            dense = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        expected = self._new_sink(1, 1)
-        for name, gradient in zip(parameters, dense, strict=True):
-            if gradient is not None:
-                expected.add(name, 0, Dense(gradient.float().reshape(1, -1)))
-        want, got = expected.values[0, 0], captured.sink.values[-1].sum(0)
-        error, norm = float((got - want).norm()), float(want.norm())
-        half = any(parameter.dtype != torch.float32 for parameter in parameters.values()) or torch.is_autocast_enabled()
-        if error > (CHECK_TOLERANCE_HALF if half else CHECK_TOLERANCE) * norm:
-            raise ValueError(
-                f"the step gradients of the batch's last example do not add up to its gradient by plain autograd "
-                f"(relative difference {error / max(norm, 1e-30):.3g}). A body parameter is used outside its module's "
-                "own forward (tied or functional use), the batch is not the first dimension of a body module's input, "
-                "or one example's loss depends on another's"
-            )
-
-
-_SINGLE = Checkpoint(name="single", learning_rate=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -182,7 +66,13 @@ class ExampleSketcher:
         self.checkpoints = _checked_checkpoints(task)
         self._models = [task.model(checkpoint).to(self._device).eval() for checkpoint in self.checkpoints]
         self._sketchers = [
-            StepSketcher(model, task.loop, self.config, checkpoint=checkpoint)
+            StepSketcher(
+                model,
+                task.loop,
+                self.config,
+                checkpoint=checkpoint,
+                second_moments=_second_moments(task, self.config, checkpoint),
+            )
             for model, checkpoint in zip(self._models, self.checkpoints, strict=True)
         ]
         self.parameters = self._sketchers[0].parameters
@@ -196,6 +86,10 @@ class ExampleSketcher:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.config, self._task.loop, self.parameters, self.checkpoints)
+
+    def plan(self) -> list[PlanEntry]:
+        """How each parameter was attributed to in the last batch, at the last checkpoint."""
+        return self._sketchers[-1].plan()
 
     def sketch(self, examples: Sequence[Any]) -> ExampleSketches:
         """Sketches of these examples, in batches of at most `batch_size`.
@@ -229,7 +123,7 @@ class ExampleSketcher:
             captured = sketcher.run(self._task.losses, batch)
             if len(captured.losses) != len(examples):
                 raise TaskError(f"losses gave {len(captured.losses)} values for {len(examples)} examples")
-            values = captured.sink.values
+            values = captured.values
             if total is not None and total.shape != values.shape:
                 raise ValueError(
                     f"checkpoint {checkpoint.name!r} ran {values.shape[1]} steps, {self.checkpoints[0].name!r} ran "
@@ -255,6 +149,8 @@ def fingerprint(
         "construction": CONSTRUCTION,
         "width": config.width,
         "seed": config.seed,
+        "row_bucketing": config.row_bucketing,
+        "optimizer": config.optimizer_epsilon if config.optimizer_aware else None,
         "loop": loop.to_dict(),
         "parameters": {name: list(shape) for name, shape in parameters.items()},
         "checkpoints": [[checkpoint.name, checkpoint.learning_rate] for checkpoint in checkpoints],
@@ -270,6 +166,18 @@ def _checked_checkpoints(task: Task) -> tuple[Checkpoint, ...]:
     if len(set(names)) < len(names):
         raise TaskError(f"checkpoint names are {names}; give each checkpoint its own")
     return checkpoints
+
+
+def _second_moments(task: Task, config: SketchConfig, checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
+    if not config.optimizer_aware:
+        return None
+    moments = task.second_moments(checkpoint)
+    if moments is None:
+        raise TaskError(
+            f"optimizer_aware=True needs Adam's second moments, but {type(task).__name__}.second_moments gave none for "
+            f"checkpoint {checkpoint.name!r}"
+        )
+    return moments
 
 
 def _in_all(steps: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -290,10 +198,3 @@ def _to_device(batch: Any, device: torch.device) -> Any:
             return type(batch)(*map(move, batch))
         case _:
             return batch
-
-
-def _refuse_randomness(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        rate = getattr(module, "p", 0)
-        if module.training and type(module).__name__.endswith("Dropout") and isinstance(rate, float) and rate > 0:
-            raise ValueError(f"module {name!r} is {type(module).__name__} in training mode: call model.eval() first")

@@ -1,27 +1,25 @@
-"""The per-example gradient of one module call, from its input and its output's gradient, in the cheapest exact form.
+"""The forms that a parameter's per-example gradient comes in: the cheapest that is exact.
 
-B examples, T tokens (all dimensions between batch and features, flattened), I inputs, O outputs, P entries.
-
-Nothing here knows of loops or sketches. A parameter's gradient comes as one of three forms: an outer product that
-nobody has to multiply out, rows of a table, or the dense entries.
+B examples, T tokens or other terms of the sum, I inputs, O outputs, P entries, V rows of a table, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class OuterProduct:
-    """Gradient sum_t left[t] right[t]^T, [B, O, I], not multiplied out."""
+    """Gradient sum_t left[t] right[t]^T, [B, O, I], not multiplied out; of a stack of matrices, of the `index`-th."""
 
     left: Tensor  # [B, T, O] gradients at the output
     right: Tensor  # [B, T, I] inputs
+    index: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,79 +32,44 @@ class TableRows:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """All entries of the gradient, in the parameter's own order."""
+    """Entries of the gradient in the parameter's own order: all of them, or those from `start` on.
+
+    Of a matrix, whole rows.
+    """
 
     values: Tensor  # [B, P]
+    start: int = 0
 
 
 Gradient = OuterProduct | TableRows | Dense
-Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Gradient]]
 
 
-def rule_of(module: nn.Module) -> Rule | None:
-    """The function that gives this module's gradients, by parameter name; None if the module is not supported.
-
-    A subclass counts as its parent only while it keeps the parent's forward.
-    """
-    for parent, rule in _RULES.items():
-        if isinstance(module, parent) and type(module).forward is parent.forward:
-            return rule
-    return None
-
-
-def supported() -> str:
-    return ", ".join(parent.__name__ for parent in _RULES)
-
-
-def _linear(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
-    assert isinstance(module, nn.Linear)
-    left = _tokens(output_gradients)  # [B, T, O]
-    gradients: dict[str, Gradient] = {"weight": OuterProduct(left, _tokens(inputs))}
-    if module.bias is not None:
-        gradients["bias"] = Dense(left.sum(1))
-    return gradients
+def multiplied_out(gradient: Gradient, shape: Sequence[int]) -> Tensor:
+    """All entries of the gradient of a tensor of this shape, [B, P]."""
+    match gradient:
+        case OuterProduct(left, right, None):
+            return torch.bmm(left.transpose(1, 2), right).flatten(1)
+        case OuterProduct(left, right, int(index)):
+            size = left.shape[2] * right.shape[2]
+            return _padded(torch.bmm(left.transpose(1, 2), right).flatten(1), index * size, math.prod(shape))
+        case TableRows(rows, values):
+            out = values.new_zeros(len(values), *shape[:1], values.shape[2])
+            index = rows.unsqueeze(-1).expand_as(values)
+            return out.scatter_add_(1, index, values).flatten(1)
+        case Dense(values, start):
+            return _padded(values, start, math.prod(shape))
+    raise AssertionError(gradient)
 
 
-def _embedding(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
-    assert isinstance(module, nn.Embedding)
-    rows = inputs.flatten(1) if inputs.dim() > 1 else inputs.unsqueeze(1)  # [B, T]
-    values = _tokens(output_gradients)  # [B, T, D]
-    if module.padding_idx is not None:  # autograd gives the padding row no gradient
-        values = values * (rows != module.padding_idx).unsqueeze(-1)
-    return {"weight": TableRows(rows, values)}
+def in_full(values: Tensor) -> Tensor:
+    """In single precision; complex values stay complex."""
+    return values if values.is_complex() else values.float()
 
 
-def _layer_norm(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
-    assert isinstance(module, nn.LayerNorm)
-    normalized = functional.layer_norm(inputs.float(), module.normalized_shape, eps=module.eps)
-    return _scale_and_shift(module, normalized, output_gradients)
-
-
-def _rms_norm(module: nn.Module, inputs: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
-    assert isinstance(module, nn.RMSNorm)
-    eps = torch.finfo(inputs.dtype).eps if module.eps is None else module.eps
-    normalized = functional.rms_norm(inputs.float(), module.normalized_shape, eps=eps)
-    return _scale_and_shift(module, normalized, output_gradients)
-
-
-def _scale_and_shift(module: nn.Module, normalized: Tensor, output_gradients: Tensor) -> dict[str, Gradient]:
-    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
-    batch, features = normalized.shape[0], module.weight.numel()
-    shift = output_gradients.reshape(batch, -1, features).float()  # [B, T, P]
-    gradients: dict[str, Gradient] = {"weight": Dense((shift * normalized.reshape(batch, -1, features)).sum(1))}
-    if getattr(module, "bias", None) is not None:
-        gradients["bias"] = Dense(shift.sum(1))
-    return gradients
-
-
-def _tokens(values: Tensor) -> Tensor:
-    """[B, ..., D] as float32 [B, T, D]; T = 1 where there is nothing between."""
-    return values.reshape(values.shape[0], -1, values.shape[-1]).float()
-
-
-_RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: _linear,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.Embedding: _embedding,
-}
+def _padded(values: Tensor, start: int, size: int) -> Tensor:
+    """Zeros around the given entries, [B, size]."""
+    if values.shape[1] == size:
+        return values
+    out = values.new_zeros(len(values), size)
+    out[:, start : start + values.shape[1]] = values
+    return out

@@ -125,6 +125,18 @@ class Index:
         return self.manifest.steps_without_gradient
 
     @property
+    def plan(self) -> list[dict[str, Any]]:
+        """How each parameter was sketched, and what it cost: the fields of `PlanEntry`."""
+        return [dict(entry) for entry in self.manifest.sketching]
+
+    @property
+    def slots(self) -> list[str]:
+        """What the rows of a sketch stand for: the steps from "0" on; with Loop(outside=True) "before" and "after"."""
+        if not self.loop.outside:
+            return [str(step) for step in range(self.num_steps)]
+        return [*(str(step) for step in range(self.num_steps - 2)), "before", "after"]
+
+    @property
     def size_bytes(self) -> int:
         """On disk, all files of this generation."""
         return self._generation.size_bytes()

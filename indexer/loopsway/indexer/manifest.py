@@ -14,7 +14,7 @@ from typing import Any
 from .config import Checkpoint, Loop, SketchConfig
 from .files import file_digest, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -108,6 +108,7 @@ class Manifest:
         created_at: when it was published, ISO 8601, UTC.
         steps_without_gradient: steps whose sketches are zero because training cut them off from the loss.
         mean_losses: of all examples, at each checkpoint.
+        sketching: how each parameter was sketched in the last batch, as `PlanEntry.to_dict` gives it.
         files: size in bytes and digest of each file written once the blocks were, by path within the generation.
     """
 
@@ -116,6 +117,7 @@ class Manifest:
     created_at: str
     steps_without_gradient: tuple[int, ...]
     mean_losses: tuple[float, ...]
+    sketching: tuple[dict[str, Any], ...]
     files: Mapping[str, Mapping[str, Any]]
 
     def write(self, path: Path) -> None:
@@ -139,7 +141,7 @@ class Manifest:
             )
         try:
             data["plan"] = Plan.from_dict(data["plan"])
-            for name in ("steps_without_gradient", "mean_losses"):
+            for name in ("steps_without_gradient", "mean_losses", "sketching"):
                 data[name] = tuple(data[name])
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +20,13 @@ RECALL_QUERIES, RECALL_K = 16, 10
 ROWS_OF_A_QUERY = 8
 
 
-def publish(path: Path, generation: Generation, bars: BuildProgress) -> None:
+def publish(path: Path, generation: Generation, sketching: Sequence[dict[str, Any]], bars: BuildProgress) -> None:
     """Builds what search needs from the stored blocks and publishes the index. Begun again, it starts over.
 
     Args:
         path: the index's folder.
         generation: with all blocks written and the examples' table beside them.
+        sketching: how each parameter was sketched, for the manifest.
         bars: for progress.
     """
     folder = generation.path / FAISS_FOLDER
@@ -58,6 +61,7 @@ def publish(path: Path, generation: Generation, bars: BuildProgress) -> None:
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         steps_without_gradient=tuple(sorted(set.intersection(*silent))),
         mean_losses=tuple((sums / generation.plan.num_examples).tolist()),
+        sketching=tuple(sketching),
         files={
             file.relative_to(generation.path).as_posix(): {
                 "size_bytes": file.stat().st_size,

@@ -1,13 +1,14 @@
 """Adds per-example gradients into one sketch for each (example, step): TensorSketch and CountSketch, fused.
 
-B examples, T tokens, S steps, I inputs, O outputs, W width, F = W/2 + 1 frequencies, P entries of all parameters.
+B examples, T tokens, S steps, I inputs, O outputs, r row groups, W width, F = W/2 + 1 frequencies.
 
 Every parameter of the loop body is sketched by its own hash into the same W buckets and the sketches are added
 (Pham and Pagh 2013; Charikar, Chen and Farach-Colton 2002), so that inner products of two fused sketches estimate
 the inner product of the whole gradients. An outer product sum_t g_t a_t^T is sketched by one of two paths that
 agree to rounding:
 
-- product: multiply g^T a out, tile by tile, and add its entries into their buckets. Costs T I O + I O.
+- product: multiply g^T a out, tile by tile, and add its rows into their buckets. Costs T I O + I O; or T I r + I r, if
+  the hash groups rows, which are then summed first. The one path on which entries can be scaled.
 - Fourier: FFT(sketch of g_t) * FFT(sketch of a_t), summed over t, one inverse FFT. Costs about T W log W.
 
 This file knows no modules and no loop.
@@ -15,34 +16,40 @@ This file knows no modules and no loop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .accumulator import RunAccumulator
 from .config import LayerPath
+from .device_hash import DeviceHash
+from .exact import ExactGradients
 from .gradients import Dense, Gradient, OuterProduct, TableRows
-from .hashes import ParameterHash, matrix_shape, parameter_hash
+from .planner import PathCost, choose_path, fourier_ns, product_ns, run_ns
 
-TILE_BYTES = 64 << 20  # of float32 that a path may hold besides the sketches
+__all__ = ["DeviceHash", "ExactGradients", "GradientSink", "Sketches"]
 
-# Nanoseconds on one core of a 2023 x86 server (tests/benchmarks/bench_planner.py): one multiply-add of a batched
-# matmul; one entry added to its bucket; one of W log2 W of a token's sketch, FFT and product. They are constants so
-# that the same index takes the same paths everywhere.
-MULTIPLY_ADD_NS, SCATTER_NS, FFT_NS = 0.015, 1.55, 0.19
+# Of float32 that a path may hold besides the sketches. More is slower, however much memory there is: beyond a few
+# megabytes, allocators hand out fresh pages, which cost as much to touch as a product's entries to compute.
+TILE_BYTES = 8 << 20
+TILE_ROWS = 128  # of a product, at the least if there are so many: matrix products of fewer rows are slow
 
 
 class GradientSink(Protocol):
     """Where a backward pass drops its gradients."""
 
-    values: Tensor  # [B, S, W] or [B, S, P], float32
+    @property
+    def values(self) -> Tensor: ...  # [B, S, W] or [B, S, P], float32
 
     def add(self, parameter: str, step: int, gradient: Gradient) -> None: ...
 
 
 class Sketches:
-    """Fused sketches of a batch.
+    """Fused sketches of a batch. On the CPU, the same batch gives the same bits.
 
     Args:
         hashes: of each parameter, by name; made once by `DeviceHash.of_parameters`.
@@ -51,6 +58,13 @@ class Sketches:
         width: W.
         layer_path: "auto" or a forced path.
         device: of the result.
+        scales: factors of each gradient's entries, float32 of the parameter's shape, by name; what is not named is 1.
+
+    Attributes:
+        costs: what each parameter's gradients took so far, by name.
+
+    Raises:
+        ValueError: entries are to be scaled on the Fourier path.
     """
 
     def __init__(
@@ -62,108 +76,127 @@ class Sketches:
         width: int,
         layer_path: LayerPath,
         device: torch.device,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.values = torch.zeros(batch, num_steps, width, device=device)  # [B, S, W]
-        self._hashes, self._width = hashes, width
+        if scales and layer_path == "fourier":
+            raise ValueError(
+                'layer_path is "fourier", which never multiplies a gradient out and so can\'t scale its entries, as '
+                'optimizer_aware=True asks for; use layer_path="auto" or "product"'
+            )
+        self.costs: dict[str, PathCost] = {}
+        self._hashes, self._width, self._device = hashes, width, device
+        self._has_kernel = device.type == "cuda" and find_spec("triton") is not None
         self._layer_path: LayerPath = layer_path
+        self._scales = {name: scale.reshape(hashes[name].shape) for name, scale in (scales or {}).items()}
+        self._values = torch.zeros(batch, num_steps, width, device=device)  # [B, S, W]
+        longest_run = max(hashed.longest_run for hashed in hashes.values())
+        self._runs = RunAccumulator(batch, width, longest_run, device=device)
+        self._running_step: int | None = None  # whose runs the accumulator holds
+
+    @property
+    def values(self) -> Tensor:
+        """[B, S, W] float32."""
+        self._drain()
+        return self._values
 
     def add(self, parameter: str, step: int, gradient: Gradient) -> None:
-        out, hashed = self.values[:, step], self._hashes[parameter]  # [B, W]
+        """Adds one use's gradient; cheapest when the steps come one after another."""
+        if step != self._running_step:
+            self._drain()
+            self._running_step = step
+        begin = time.perf_counter()
+        path, expected_ns = self._add(parameter, step, gradient)
+        measured_s = time.perf_counter() - begin if self._device.type == "cpu" else None
+        cost = self.costs.setdefault(parameter, PathCost(path=path))
+        cost.count(path, expected_ns * len(self._values), measured_s)
+
+    def _drain(self) -> None:
+        if self._running_step is not None:
+            self._runs.drain(self._values[:, self._running_step])
+            self._running_step = None
+
+    def _add(self, parameter: str, step: int, gradient: Gradient) -> tuple[str, float]:
+        """The path taken, and an example's nanoseconds as expected."""
+        hashed, scale = self._hashes[parameter], self._scales.get(parameter)
         match gradient:
-            case Dense(values):
-                _add_entries(out, values.unflatten(1, hashed.shape), hashed, slice(None))
+            case Dense(values, start):
+                _add_dense(self._runs, values, start, hashed, scale)
+                return "dense", run_ns(values.shape[1])
             case TableRows(rows, values):
-                _add_table_rows(out, rows, values, hashed)
+                _add_table_rows(self._runs, rows, values, hashed, scale)
+                return "rows", run_ns(values.shape[1] * values.shape[2])
             case OuterProduct(left, right):
-                if choose_path(left, right, self._width, self._layer_path) == "fourier":
-                    _add_by_fourier(out, left, right, hashed)
-                else:
-                    _add_by_product(out, left, right, hashed)
+                return self._add_outer_product(step, left, right, hashed, scale)
+
+    def _add_outer_product(
+        self, step: int, left: Tensor, right: Tensor, hashed: DeviceHash, scale: Tensor | None
+    ) -> tuple[str, float]:
+        (_, tokens, outputs), inputs = left.shape, right.shape[2]
+        groups = hashed.groups if scale is None else None  # rows of a group are scaled apart
+        path = self._layer_path
+        if path == "auto":
+            path = "product" if scale is not None else choose_path(tokens, outputs, inputs, self._width, groups)
+        if path == "fourier":
+            _add_by_fourier(self._values[:, step], left, right, hashed)
+            return path, fourier_ns(tokens, outputs, inputs, self._width)
+        if self._has_kernel:
+            from .product_kernel import add_product  # here: only builds of torch for GPUs bring triton
+
+            add_product(self._values[:, step], left, right, hashed, scale)
+        else:
+            _add_by_product(self._runs, left, right, hashed, scale)
+        return path if groups is None else f"{path}, {groups} row groups", product_ns(tokens, outputs, inputs, groups)
 
 
-class ExactGradients:
-    """The gradients themselves, all parameters after one another: the exact counterpart of `Sketches`."""
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], batch: int, num_steps: int, *, device: torch.device
-    ) -> None:
-        self._shapes = {name: matrix_shape(shape) for name, shape in shapes.items()}
-        self._starts, size = {}, 0
-        for name, (rows, columns) in self._shapes.items():
-            self._starts[name] = size
-            size += rows * columns
-        self.values = torch.zeros(batch, num_steps, size, device=device)  # [B, S, P]
-
-    def add(self, parameter: str, step: int, gradient: Gradient) -> None:
-        rows, columns = self._shapes[parameter]
-        start = self._starts[parameter]
-        out = self.values[:, step, start : start + rows * columns]
-        match gradient:
-            case Dense(values):
-                out += values
-            case TableRows(table_rows, values):
-                index = table_rows.unsqueeze(-1) * columns + torch.arange(columns, device=out.device)
-                out.scatter_add_(1, index.flatten(1), values.flatten(1))
-            case OuterProduct(left, right):
-                out += torch.bmm(left.transpose(1, 2), right).flatten(1)
+def _add_dense(runs: RunAccumulator, values: Tensor, start: int, hashed: DeviceHash, scale: Tensor | None) -> None:
+    """Adds entries start .. start + P' of the flattened parameter; whole rows if it has more than one."""
+    if scale is not None:
+        values = values * scale.flatten()[start : start + values.shape[1]]
+    outputs, inputs = hashed.shape
+    if outputs == 1:
+        rows, begin, matrices = slice(None), start, values.unsqueeze(1)
+    else:
+        rows, begin, matrices = (
+            slice(start // inputs, (start + values.shape[1]) // inputs),
+            0,
+            values.unflatten(1, (-1, inputs)),
+        )
+    end = begin + matrices.shape[2]
+    matrices = matrices * hashed.column_signs[begin:end]  # [B, R, C]
+    for segment, starts in zip(hashed.segments, hashed.starts, strict=True):
+        first, last = max(segment.start, begin), min(segment.stop, end)
+        if first < last:
+            runs.add(starts[rows] + (first - segment.start), matrices[:, :, first - begin : last - begin])
 
 
-def choose_path(left: Tensor, right: Tensor, width: int, layer_path: LayerPath) -> LayerPath:
-    """The planner: the cheaper path for one layer's call, by its shapes alone."""
-    if layer_path != "auto":
-        return layer_path
-    tokens, outputs, inputs = left.shape[1], left.shape[2], right.shape[2]
-    product = outputs * inputs * (tokens * MULTIPLY_ADD_NS + SCATTER_NS)
-    fourier = tokens * (2 * width * (width.bit_length() - 1) * FFT_NS + (inputs + outputs) * SCATTER_NS)
-    return "product" if product <= fourier else "fourier"
+def _add_table_rows(
+    runs: RunAccumulator, rows: Tensor, values: Tensor, hashed: DeviceHash, scale: Tensor | None
+) -> None:
+    values = values * (hashed.column_signs if scale is None else hashed.column_signs * scale[rows])  # [B, T, D]
+    for segment, starts in zip(hashed.segments, hashed.starts, strict=True):
+        runs.add_apart(starts[rows], values[:, :, segment])
 
 
-class DeviceHash:
-    """A parameter's hash as tensors."""
-
-    @classmethod
-    def of_parameters(
-        cls, shapes: Mapping[str, tuple[int, ...]], *, width: int, seed: int, checkpoint: str, device: torch.device
-    ) -> dict[str, DeviceHash]:
-        """The hashes of parameters of these shapes, by name; `checkpoint` is part of their key."""
-        return {
-            name: cls(parameter_hash(seed, checkpoint, name, shape, width), device) for name, shape in shapes.items()
-        }
-
-    def __init__(self, hashed: ParameterHash, device: torch.device) -> None:
-        self.rows = torch.from_numpy(hashed.row_buckets).to(device)
-        self.row_signs = torch.from_numpy(hashed.row_signs).to(device)
-        self.columns = torch.from_numpy(hashed.column_buckets).to(device)
-        self.column_signs = torch.from_numpy(hashed.column_signs).to(device)
-        self.width = hashed.width
-        self.shape = (len(self.rows), len(self.columns))
-
-    def buckets(self, rows: slice) -> Tensor:
-        """The bucket of each entry of these rows, [R * C]."""
-        return ((self.rows[rows, None] + self.columns) & (self.width - 1)).flatten()
-
-
-def _add_entries(out: Tensor, signed: Tensor, hashed: DeviceHash, rows: slice) -> None:
-    """Adds the entries [B, R, C] of these rows, without signs yet, into their buckets."""
-    signed = signed * hashed.row_signs[rows, None] * hashed.column_signs
-    out.index_add_(1, hashed.buckets(rows), signed.flatten(1))
-
-
-def _add_table_rows(out: Tensor, rows: Tensor, values: Tensor, hashed: DeviceHash) -> None:
-    signed = values * hashed.column_signs * hashed.row_signs[rows].unsqueeze(-1)  # [B, T, D]
-    buckets = (hashed.rows[rows].unsqueeze(-1) + hashed.columns) & (hashed.width - 1)
-    out.scatter_add_(1, buckets.flatten(1), signed.flatten(1))
-
-
-def _add_by_product(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash) -> None:
-    """Multiplies g^T a out for a tile of rows at a time; the whole [B, O, I] of a layer is never held at once."""
-    batch, _, outputs = left.shape
-    left, right = left * hashed.row_signs, right * hashed.column_signs
-    tile = max(1, TILE_BYTES // (4 * batch * right.shape[2]))
-    for start in range(0, outputs, tile):
-        rows = slice(start, start + tile)
-        product = torch.bmm(left[:, :, rows].transpose(1, 2), right)  # [B, tile, I]
-        out.index_add_(1, hashed.buckets(rows), product.flatten(1))
+def _add_by_product(
+    runs: RunAccumulator, left: Tensor, right: Tensor, hashed: DeviceHash, scale: Tensor | None
+) -> None:
+    """Multiplies g^T a out for a tile of examples and rows at a time; a layer's [B, O, I] is never held at once."""
+    starts = hashed.starts
+    if hashed.groups is not None and scale is None:
+        left, starts = hashed.group_rows(left), hashed.group_starts
+    (batch, _, outputs), inputs = left.shape, right.shape[2]
+    size = max(1, TILE_BYTES // (4 * min(TILE_ROWS, outputs) * inputs))  # examples of a tile
+    tile = max(1, TILE_BYTES // (4 * min(size, batch) * inputs))  # rows of a tile
+    for first in range(0, batch, size):
+        examples = slice(first, first + size)
+        signed = right[examples] * hashed.column_signs
+        for start in range(0, outputs, tile):
+            rows = slice(start, start + tile)
+            product = torch.bmm(left[examples, :, rows].transpose(1, 2), signed)  # [size, tile, I]
+            if scale is not None:
+                product *= scale[rows]
+            for segment, row_starts in zip(hashed.segments, starts, strict=True):
+                runs.add(row_starts[rows], product[:, :, segment], examples)
 
 
 def _add_by_fourier(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash) -> None:

@@ -41,6 +41,13 @@ class Task(ABC):
         Weights load from safetensors or `torch.load(weights_only=True)`.
         """
 
+    def second_moments(self, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor] | None:
+        """Adam's second moments (`exp_avg_sq`) at this checkpoint by parameter name, for optimizer-aware influence.
+
+        None when the checkpoint keeps none. Each has its parameter's shape.
+        """
+        return None
+
     @abstractmethod
     def examples(self) -> Sequence[Any]:
         """The training examples: any object with `len()` and `[i]`, in an order that never changes."""
