@@ -38,8 +38,8 @@ TIME_LEGEND = """
 Multiples of the plain step of the same batch: all parameters' gradients. *No parameter's*: forward and activations'
 backward, no hook. *Engine, nothing kept*: the same through ours, with the gradients' factors dropped. *Products*: with
 each example's gradients multiplied out and dropped. *Sketches*: at the default width. *All*: with rotation and coding.
-*Row bucketing*: sketches with SketchConfig(row_bucketing=True), - where there is no such thing. *Reference / ours*: at
-the reference's default of 2048 floats for each tensor, over *all*.
+*Row bucketing*: sketches with SketchConfig(row_bucketing=True); no effect where no matrix has rows enough.
+*Reference / ours*: the reference at its default of 2048 floats for each tensor, over *all*.
 """
 
 
@@ -130,18 +130,24 @@ def time_row(subject: Subject, repeats: int) -> tuple[str, ...]:
         "sketch": sketch,
         "coding": partial(code_examples, finished, seed=config.seed, bits=config.bits),
     }
+    bucketing = "-"
     if HAS_BUCKETING:
-        calls["bucketing"] = subject.sketch_call(replace(config, **{"row_bucketing": True}))
+        call = subject.sketch_call(replace(config, **{"row_bucketing": True}))
+        if torch.equal(call(), finished):
+            bucketing = "no effect"
+        else:
+            calls["bucketing"] = call
     for projection in PROJECTIONS:
         calls[f"m={projection}"] = subject.reference_call(projection)
     seconds = median_seconds(calls, repeats)
     seconds["all"] = seconds["sketch"] + seconds["coding"]
     shares = {name: value / seconds["plain"] for name, value in seconds.items()}
-    parts = ("body", "none", "engine", "products", "sketch", "coding", "all", "bucketing")
-    cells = [f"{shares[name]:.2f}" if name in shares else "-" for name in parts]
+    parts = ("body", "none", "engine", "products", "sketch", "coding", "all")
+    cells = [f"{shares[name]:.2f}" for name in parts]
+    bucketing = f"{shares['bucketing']:.2f}" if "bucketing" in shares else bucketing
     reference = [f"{shares[f'm={projection}']:.2f}" for projection in PROJECTIONS]
     faster = shares[f"m={PROJECTIONS[-1]}"] / shares["all"]
-    return (str(subject.workload), f"{1e3 * seconds['plain']:.0f}", *cells, *reference, f"{faster:.1f}")
+    return (str(subject.workload), f"{1e3 * seconds['plain']:.0f}", *cells, bucketing, *reference, f"{faster:.1f}")
 
 
 def growth_table(texts: Sequence[str], repeats: int, *, smoke: bool) -> str:

@@ -11,9 +11,8 @@ This file knows no hashes: the sink does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,8 @@ from . import backward
 from .body import Body
 from .config import Loop
 from .derived import to_parameters
-from .gradients import Dense, Gradient, OuterProduct, TableRows
+from .gradients import placed, scaled
+from .losses import Losses, check_losses, frozen
 from .owners import DIGIT, DIGIT_HALF, Axis, MixedExamplesError, Owners, digits_of, num_places, weights
 from .rules import Context, rule_for
 from .sites import Site, Sites
@@ -32,7 +32,6 @@ from .sketch import GradientSink
 from .steps import Moment, Steps
 from .uses import BROADCASTS, NotFollowedError, Use, Uses, is_differentiable
 
-Losses = Callable[[nn.Module, Any], Tensor]
 SinkFactory = Callable[[int, int], GradientSink]
 
 
@@ -146,10 +145,10 @@ class Capture:
             lambda use: not self._sites.of(use).is_shared,
             anchors=self._anchors,
         )
-        with _frozen(self.model), steps.watched(), uses, torch.enable_grad():
+        with frozen(self.model), steps.watched(), uses, torch.enable_grad():
             values = losses(self.model, batch)
             with torch._C.DisableTorchFunction():
-                check_losses(values, steps)
+                check_losses(values, steps.num_steps)
                 self.body.check(steps, run.used_in_steps)
                 run.batch = len(values)
                 run.sink = new_sink(len(values), steps.num_steps + 2 * outside)
@@ -259,8 +258,8 @@ class Capture:
         for source, its_gradient in found:
             for parameter, gradient in to_parameters(source, its_gradient):
                 name = self._names[id(parameter)]
-                for part in placed(gradient, parameter):
-                    run.sink.add(name, slot, part if scale is None else _scaled(part, scale))
+                for part in placed(gradient, parameter.dim()):
+                    run.sink.add(name, slot, part if scale is None else scaled(part, scale))
                 counts = self.seen.setdefault(name, {})
                 key = (use.name, str(owners))
                 counts[key] = counts.get(key, 0) + 1
@@ -291,30 +290,6 @@ class Capture:
         )
 
 
-def placed(gradient: Gradient, parameter: Tensor) -> Iterator[Gradient]:
-    """The same gradient in forms that a sink takes: stacks of matrices and of rows become entries."""
-    match gradient:
-        case OuterProduct(left, right, int(index)):
-            entries = torch.bmm(left.transpose(1, 2), right).flatten(1)
-            yield Dense(entries, index * entries.shape[1])
-        case TableRows(rows, values) if parameter.dim() != 2:
-            for row in rows.unique().tolist():
-                entries = (values * (rows == row).unsqueeze(-1)).sum(1)
-                yield Dense(entries, row * entries.shape[1])
-        case _:
-            yield gradient
-
-
-def _scaled(gradient: Gradient, scale: Tensor) -> Gradient:
-    match gradient:
-        case OuterProduct(left, _, _):
-            return replace(gradient, left=left * scale[:, None, None])
-        case TableRows(_, values):
-            return replace(gradient, values=values * scale[:, None, None])
-        case Dense(values, _):
-            return replace(gradient, values=values * scale[:, None])
-
-
 def _anchored(use: Use, out: Any) -> Any:
     """Nothing before this call needs a gradient: begin the graph here."""
     outputs = backward.differentiable(out)
@@ -334,44 +309,3 @@ def _at(places: list[int], found: Any, size: int) -> list[Tensor | None]:
     for place, gradient in zip(places, found, strict=True):
         gradients[place] = gradient
     return gradients
-
-
-def check_losses(values: Any, steps: Steps) -> None:
-    """Raises ValueError for what is not one finite loss for each example that depends on the loop."""
-    if not isinstance(values, Tensor) or values.dim() != 1:
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"losses(model, batch) gave {shape}, expected one loss for each example: a tensor of [B]")
-    if not values.isfinite().all():
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        raise ValueError(f"the losses of examples {bad[:8]} of the batch are not finite: {values[bad[:8]].tolist()}")
-    if not values.requires_grad and steps.num_steps:
-        raise ValueError("the losses depend on no step of the loop: every step ran under no_grad or was detached")
-
-
-def dense_gradients(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], losses: Losses, batch: Any
-) -> dict[str, Tensor]:
-    """Of the batch's last example, by plain autograd; without those that its loss does not depend on."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        with torch.enable_grad():  # not autograd.grad: reentrant checkpointing refuses it
-            losses(model, batch)[-1].backward()
-        return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient meanwhile, so that the backward pass computes only activations' gradients."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

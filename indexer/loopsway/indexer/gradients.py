@@ -6,8 +6,8 @@ B examples, T tokens or other terms of the sum, I inputs, O outputs, P entries, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,36 @@ def multiplied_out(gradient: Gradient, shape: Sequence[int]) -> Tensor:
         case Dense(values, start):
             return _padded(values, start, math.prod(shape))
     raise AssertionError(gradient)
+
+
+def placed(gradient: Gradient, num_dimensions: int) -> Iterator[Gradient]:
+    """The same gradient in forms that a sink takes: of a parameter that is no matrix, entries.
+
+    Args:
+        gradient: of a parameter.
+        num_dimensions: of the parameter's shape.
+    """
+    match gradient:
+        case OuterProduct(left, right, int(index)):
+            entries = torch.bmm(left.transpose(1, 2), right).flatten(1)
+            yield Dense(entries, index * entries.shape[1])
+        case TableRows(rows, values) if num_dimensions != 2:
+            for row in rows.unique().tolist():
+                entries = (values * (rows == row).unsqueeze(-1)).sum(1)
+                yield Dense(entries, row * entries.shape[1])
+        case _:
+            yield gradient
+
+
+def scaled(gradient: Gradient, scale: Tensor) -> Gradient:
+    """Each example's gradient times its factor [B]."""
+    match gradient:
+        case OuterProduct(left, _, _):
+            return replace(gradient, left=left * scale[:, None, None])
+        case TableRows(_, values):
+            return replace(gradient, values=values * scale[:, None, None])
+        case Dense(values, _):
+            return replace(gradient, values=values * scale[:, None])
 
 
 def in_full(values: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, Captured, Losses, dense_gradients
+from .capture import Capture, Captured
 from .config import Checkpoint, Loop, SketchConfig
 from .gradients import Dense
+from .losses import Losses, dense_gradients
 from .optimizer import optimizer_scales
 from .plan import PlanEntry, plan_entries
 from .sketch import DeviceHash, ExactGradients, GradientSink, Sketches

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .body import Body
-from .capture import Captured, Losses, SinkFactory, check_losses
+from .capture import Captured, SinkFactory
 from .gradients import Dense
+from .losses import Losses, check_losses
 from .steps import Moment, Steps
 
 
@@ -75,7 +76,7 @@ def run_untied(
     steps = copies.steps = body.steps(on_change=copies.renew)
     with torch.enable_grad(), steps.watched(), copies.installed():
         values = losses(model, batch)
-        check_losses(values, steps)
+        check_losses(values, steps.num_steps)
         body.check(steps, used_in_steps=True)
         steps.begin_backward()
         slots = steps.num_steps + 2 * outside
