@@ -56,9 +56,12 @@ class Captured:
 
 @dataclass(eq=False)
 class _Trace:
-    """What earlier passes told of one output: its plain gradient, and its entries' owners so far."""
+    """What earlier passes told of one output: its plain gradient, and its entries' owners so far.
 
-    plain: Tensor
+    Of the uses at one place only the first is traced, the others (plain=None) wait for what it tells.
+    """
+
+    plain: Tensor | None = None
     owner: Tensor | None = None
 
 
@@ -73,6 +76,7 @@ class _Run:
     place: int | None = None  # of the digit that this backward pass tells; None in the plain pass
     digit: int = DIGIT
     traces: dict[int, _Trace] = field(default_factory=dict)
+    traced_sites: set[Site] = field(default_factory=set)
     with_gradient: set[int] = field(default_factory=set)
     used_in_steps: bool = False
     may_trace: bool = False
@@ -169,8 +173,6 @@ class Capture:
         torch.autograd.backward(values.sum(), retain_graph=run.may_trace and run.batch > 1)
         if not run.traces:
             return
-        if any(trace.plain.dtype == torch.float16 for trace in run.traces.values()):
-            run.digit = DIGIT_HALF
         places = num_places(run.batch, run.digit)
         for place in range(places):
             run.place = place
@@ -223,24 +225,39 @@ class Capture:
 
     def _owners(self, run: _Run, call: _Call, gradient: Tensor) -> Owners | None:
         """Whose the output's entries are; None while that is being traced, or once the call is done."""
-        clock = call.moment.clock
         if run.place is None:
             owners = call.site.owners(call.use, run.batch)
-            if owners is None and not run.may_trace:  # another shape than what was learned: trace it after all
-                call.site.axes = []
-                raise _LearnedError
             if owners is None:
-                run.traces[clock] = _Trace(_real(gradient).clone())
+                self._begin_trace(run, call, gradient)
             return owners
-        trace = run.traces.get(clock)
+        trace = run.traces.get(call.moment.clock)
         if trace is None:
             return None
+        is_last = run.digit ** (run.place + 1) >= run.batch
+        if trace.plain is None:
+            return self._as_traced(run, call) if is_last else None
         digits = digits_of(trace.plain, _real(gradient), run.digit)
         part = torch.where(digits >= 0, digits * run.digit**run.place, -1)
         trace.owner = part if trace.owner is None else torch.where(part >= 0, trace.owner + part, -1)
-        if run.digit ** (run.place + 1) < run.batch:
-            return None
-        return call.site.learn(trace.owner, run.batch)
+        return call.site.learn(trace.owner, run.batch) if is_last else None
+
+    def _begin_trace(self, run: _Run, call: _Call, gradient: Tensor) -> None:
+        if not run.may_trace:  # another shape than what was learned: trace it after all
+            call.site.axes = []
+            raise _LearnedError
+        if gradient.dtype == torch.float16:
+            run.digit = DIGIT_HALF
+        waits = call.site in run.traced_sites and not (call.site.is_moved or call.site.traces_all)
+        run.traces[call.moment.clock] = _Trace(None if waits else _real(gradient).clone())
+        run.traced_sites.add(call.site)
+
+    def _as_traced(self, run: _Run, call: _Call) -> Owners:
+        """As the first use at the same place, if that told one arrangement; or else each use has to be traced."""
+        owners = call.site.owners(call.use, run.batch)
+        if owners is None:
+            call.site.traces_all = True
+            raise _LearnedError
+        return owners
 
     def _add(self, run: _Run, call: _Call, slot: int, gradients: list[Tensor | None], owners: Owners) -> None:
         use, batch = call.use, run.batch

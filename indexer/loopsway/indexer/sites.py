@@ -25,6 +25,7 @@ class Site:
         split: of a call without a rule.
         has_rule: its gradients were told by a rule: the call need not be split.
         is_moved: rows came here in an order that depends on the batch.
+        traces_all: one use of a batch did not tell how the others are arranged.
         is_shared: an expansion that turned out to be the same for all examples.
     """
 
@@ -33,6 +34,7 @@ class Site:
     is_shared: bool = False
     has_rule: bool = False
     is_moved: bool = False
+    traces_all: bool = False
 
     def is_known(self) -> bool:
         return not self.is_moved and self.axes is not None and len(self.axes) == 1
