@@ -12,6 +12,7 @@ This file knows no hashes: the sink does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -215,7 +216,8 @@ class Capture:
         if slot < run.steps.num_steps:
             run.with_gradient.add(slot)
         device = first.device.type
-        with torch.no_grad(), torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
+        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with torch.no_grad(), torch._C.DisableTorchFunction(), autocast:
             try:
                 owners = self._owners(run, call, first)
             except MixedExamplesError as error:

@@ -35,8 +35,7 @@ class Context:
         self.use, self.owners, self.batch = use, owners, batch
         self.gradient = in_full(gradient)
         assert use.leaves is not None
-        arguments, self.keywords = use.arguments(use.leaves)
-        self.values = list(arguments)
+        self.values, self.keywords = use.arguments(use.leaves)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         return self.values[position] if position < len(self.values) else self.keywords.get(name, default)

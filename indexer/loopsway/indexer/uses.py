@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,13 @@ class Source:
             yield from parent.roots()
 
 
+class _Flat(NamedTuple):
+    """Arguments none of which is a list or tuple of tensors: how many are positional, and the others' names."""
+
+    num_positional: int
+    names: tuple[str, ...]
+
+
 @dataclass(eq=False)
 class Use:
     """One call that brought parameters and the batch together.
@@ -80,8 +87,13 @@ class Use:
     versions: tuple[int, ...] = ()
     is_moved: bool = False
 
-    def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tree_unflatten(leaves, self.structure)
+    def arguments(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments, with these leaves in place of the call's."""
+        if isinstance(self.structure, _Flat):
+            num_positional, names = self.structure
+            return leaves[:num_positional], dict(zip(names, leaves[num_positional:], strict=True))
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return list(args), kwargs
 
     def data(self, value: Tensor) -> Tensor:
         """A data argument, which must still be what it was.
@@ -134,7 +146,7 @@ class Uses(TorchFunctionMode):
         anchors: bool = False,
     ) -> None:
         super().__init__()
-        self._anchors = anchors
+        self._anchors, self._any_moved = anchors, False
         self._on_use, self._is_broadcast = on_use, is_broadcast
         self._shared: dict[int, tuple[Tensor, Source | None]] = {id(tensor): (tensor, None) for tensor in constants}
         self._shared |= {id(parameter): (parameter, Source(parameter)) for parameter in parameters}
@@ -160,6 +172,7 @@ class Uses(TorchFunctionMode):
         if _changes_its_argument(func):
             self._shared.pop(id(args[0]), None)
         moved = self._is_moved(func, args, kwargs)
+        self._any_moved |= moved
         out = func(*args, **kwargs)
         if any_shared and self._anchors and isinstance(out, Tensor):
             out = _with_anchor(out, func)
@@ -167,6 +180,8 @@ class Uses(TorchFunctionMode):
 
     def _is_moved(self, func: Any, args: Any, kwargs: Any) -> bool:
         name = getattr(func, "__name__", "")
+        if not self._any_moved and name not in _MOVES:
+            return False
         if name.rstrip("_") in _PLACES or name == "__setitem__":
             return hasattr(args[0], _MOVED)
         given = list(_tensors(args, kwargs))
@@ -221,7 +236,7 @@ class Uses(TorchFunctionMode):
         return _marked(out) if use.is_moved else out
 
     def _new_use(self, func: Any, args: Any, kwargs: Any, keep: bool = False) -> Use:
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = _flattened(args, kwargs)
         sources: dict[int, Source] = {}
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
@@ -271,6 +286,13 @@ def name_of(func: Any) -> str:
     """`linear`, `mul`; of a property, the property's."""
     name = getattr(func, "__name__", type(func).__name__)
     return func.__self__.__name__ if name == "__get__" else name
+
+
+def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    leaves = [*args, *kwargs.values()]
+    if any(isinstance(leaf, tuple | list) and next(_tensors(leaf, None), None) is not None for leaf in leaves):
+        return tree_flatten((args, kwargs))
+    return leaves, _Flat(len(args), tuple(kwargs))
 
 
 def _marked(out: Any) -> Any:
