@@ -75,6 +75,7 @@ def index_info(response: pb.GetIndexResponse) -> IndexInfo:
         fingerprint=index.fingerprint,
         loop_body=tuple(index.loop.body),
         loop_marker=index.loop.marker or None,
+        loop_outside=index.loop.outside,
         checkpoints=checkpoints,
         generation=index.generation,
         created_at=index.create_time.ToDatetime(tzinfo=UTC),

@@ -33,6 +33,7 @@ class IndexInfo:
     Attributes:
         fingerprint: of the sketches' construction; a `SketchQuery` must carry the same.
         loop_marker: the module whose calls begin a step. None: the body's first module to be entered.
+        loop_outside: the last two steps stand for what lies before the first step and after the last.
         generation: the published generation that is served, from 1.
         steps_without_gradient: steps that training runs without a gradient; their influences are 0 by construction.
         recalls: k -> part of the exact top k that the index's search returned when it was built, 0 to 1.
@@ -47,6 +48,7 @@ class IndexInfo:
     fingerprint: str
     loop_body: tuple[str, ...]
     loop_marker: str | None
+    loop_outside: bool
     checkpoints: tuple[CheckpointInfo, ...]
     generation: int
     created_at: datetime

@@ -26,17 +26,17 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dloopsway/v1/attribution.proto\x12\x0bloopsway.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"O\n\x06Tensor\x12(\n\tdata_type\x18\x01 \x01(\x0e\x32\x15.loopsway.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"B\n\x06Sketch\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12#\n\x06values\x18\x02 \x01(\x0b\x32\x13.loopsway.v1.Tensor\"f\n\x05Query\x12\x16\n\x0c\x65xample_json\x18\x01 \x01(\tH\x00\x12\x14\n\nexample_id\x18\x02 \x01(\tH\x00\x12%\n\x06sketch\x18\x03 \x01(\x0b\x32\x13.loopsway.v1.SketchH\x00\x42\x08\n\x06source\"R\n\x0cQuerySummary\x12\x12\n\nstep_count\x18\x01 \x01(\x05\x12\x0e\n\x06losses\x18\x02 \x03(\x02\x12\x1e\n\x16steps_without_gradient\x18\x03 \x03(\x05\"\x8b\x01\n\nInfluencer\x12\x12\n\nexample_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\tinfluence\x18\x04 \x01(\x02\x12\x16\n\x0estandard_error\x18\x05 \x01(\x02\"~\n\x07Ranking\x12\x11\n\x04step\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12+\n\nproponents\x18\x02 \x03(\x0b\x32\x17.loopsway.v1.Influencer\x12*\n\topponents\x18\x03 \x03(\x0b\x32\x17.loopsway.v1.InfluencerB\x07\n\x05_step\"\x85\x01\n\x0fQueryInfluences\x12(\n\x05query\x18\x01 \x01(\x0b\x32\x19.loopsway.v1.QuerySummary\x12#\n\x05total\x18\x02 \x01(\x0b\x32\x14.loopsway.v1.Ranking\x12#\n\x05steps\x18\x03 \x03(\x0b\x32\x14.loopsway.v1.Ranking\"$\n\x04Loop\x12\x0c\n\x04\x62ody\x18\x01 \x03(\t\x12\x0e\n\x06marker\x18\x02 \x01(\t\"D\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x11\n\tmean_loss\x18\x03 \x01(\x01\"!\n\x06Recall\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x0c\n\x04mean\x18\x02 \x01(\x01\"\xfa\x02\n\x05Index\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rexample_count\x18\x02 \x01(\x03\x12\x12\n\nstep_count\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0c\n\x04\x62its\x18\x05 \x01(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x1f\n\x04loop\x18\x07 \x01(\x0b\x32\x11.loopsway.v1.Loop\x12,\n\x0b\x63heckpoints\x18\x08 \x03(\x0b\x32\x17.loopsway.v1.Checkpoint\x12\x12\n\ngeneration\x18\t \x01(\x03\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x0b \x01(\x03\x12\x1e\n\x16steps_without_gradient\x18\x0c \x03(\x05\x12$\n\x07recalls\x18\r \x03(\x0b\x32\x13.loopsway.v1.Recall\x12\x18\n\x10\x61\x63\x63\x65pts_examples\x18\x0e \x01(\x08\" \n\x0fGetIndexRequest\x12\r\n\x05index\x18\x01 \x01(\t\"5\n\x10GetIndexResponse\x12!\n\x05index\x18\x01 \x01(\x0b\x32\x12.loopsway.v1.Index\"\x9b\x01\n\x15\x46indInfluencesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x07queries\x18\x02 \x03(\x0b\x32\x12.loopsway.v1.Query\x12\x0e\n\x01k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12)\n\x07resolve\x18\x04 \x01(\x0e\x32\x18.loopsway.v1.ResolveMode\x12\r\n\x05steps\x18\x05 \x03(\x05\x42\x04\n\x02_k\"\x7f\n\x16\x46indInfluencesResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.loopsway.v1.QueryInfluences\x12\r\n\x05index\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"\x8c\x01\n\x16GetTrajectoriesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x07queries\x18\x02 \x03(\x0b\x32\x12.loopsway.v1.Query\x12\x13\n\x0b\x65xample_ids\x18\x03 \x03(\t\x12)\n\x07resolve\x18\x04 \x01(\x0e\x32\x18.loopsway.v1.ResolveMode\"\xd4\x01\n\x17GetTrajectoriesResponse\x12\'\n\ninfluences\x18\x01 \x01(\x0b\x32\x13.loopsway.v1.Tensor\x12,\n\x0fstandard_errors\x18\x02 \x01(\x0b\x32\x13.loopsway.v1.Tensor\x12*\n\x07queries\x18\x03 \x03(\x0b\x32\x19.loopsway.v1.QuerySummary\x12\r\n\x05index\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t*\x9f\x01\n\x0bResolveMode\x12\x1c\n\x18RESOLVE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17RESOLVE_MODE_QUERY_STEP\x10\x01\x12\x1b\n\x17RESOLVE_MODE_TRAIN_STEP\x10\x02\x12\x1a\n\x16RESOLVE_MODE_SAME_STEP\x10\x03\x12\x1c\n\x18RESOLVE_MODE_STEP_MATRIX\x10\x04*j\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x03\x32\x8f\x02\n\x0b\x41ttribution\x12G\n\x08GetIndex\x12\x1c.loopsway.v1.GetIndexRequest\x1a\x1d.loopsway.v1.GetIndexResponse\x12Y\n\x0e\x46indInfluences\x12\".loopsway.v1.FindInfluencesRequest\x1a#.loopsway.v1.FindInfluencesResponse\x12\\\n\x0fGetTrajectories\x12#.loopsway.v1.GetTrajectoriesRequest\x1a$.loopsway.v1.GetTrajectoriesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dloopsway/v1/attribution.proto\x12\x0bloopsway.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"O\n\x06Tensor\x12(\n\tdata_type\x18\x01 \x01(\x0e\x32\x15.loopsway.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"B\n\x06Sketch\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12#\n\x06values\x18\x02 \x01(\x0b\x32\x13.loopsway.v1.Tensor\"f\n\x05Query\x12\x16\n\x0c\x65xample_json\x18\x01 \x01(\tH\x00\x12\x14\n\nexample_id\x18\x02 \x01(\tH\x00\x12%\n\x06sketch\x18\x03 \x01(\x0b\x32\x13.loopsway.v1.SketchH\x00\x42\x08\n\x06source\"R\n\x0cQuerySummary\x12\x12\n\nstep_count\x18\x01 \x01(\x05\x12\x0e\n\x06losses\x18\x02 \x03(\x02\x12\x1e\n\x16steps_without_gradient\x18\x03 \x03(\x05\"\x8b\x01\n\nInfluencer\x12\x12\n\nexample_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\tinfluence\x18\x04 \x01(\x02\x12\x16\n\x0estandard_error\x18\x05 \x01(\x02\"~\n\x07Ranking\x12\x11\n\x04step\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12+\n\nproponents\x18\x02 \x03(\x0b\x32\x17.loopsway.v1.Influencer\x12*\n\topponents\x18\x03 \x03(\x0b\x32\x17.loopsway.v1.InfluencerB\x07\n\x05_step\"\x85\x01\n\x0fQueryInfluences\x12(\n\x05query\x18\x01 \x01(\x0b\x32\x19.loopsway.v1.QuerySummary\x12#\n\x05total\x18\x02 \x01(\x0b\x32\x14.loopsway.v1.Ranking\x12#\n\x05steps\x18\x03 \x03(\x0b\x32\x14.loopsway.v1.Ranking\"5\n\x04Loop\x12\x0c\n\x04\x62ody\x18\x01 \x03(\t\x12\x0e\n\x06marker\x18\x02 \x01(\t\x12\x0f\n\x07outside\x18\x03 \x01(\x08\"D\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x11\n\tmean_loss\x18\x03 \x01(\x01\"!\n\x06Recall\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x0c\n\x04mean\x18\x02 \x01(\x01\"\xfa\x02\n\x05Index\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rexample_count\x18\x02 \x01(\x03\x12\x12\n\nstep_count\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0c\n\x04\x62its\x18\x05 \x01(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x1f\n\x04loop\x18\x07 \x01(\x0b\x32\x11.loopsway.v1.Loop\x12,\n\x0b\x63heckpoints\x18\x08 \x03(\x0b\x32\x17.loopsway.v1.Checkpoint\x12\x12\n\ngeneration\x18\t \x01(\x03\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x0b \x01(\x03\x12\x1e\n\x16steps_without_gradient\x18\x0c \x03(\x05\x12$\n\x07recalls\x18\r \x03(\x0b\x32\x13.loopsway.v1.Recall\x12\x18\n\x10\x61\x63\x63\x65pts_examples\x18\x0e \x01(\x08\" \n\x0fGetIndexRequest\x12\r\n\x05index\x18\x01 \x01(\t\"5\n\x10GetIndexResponse\x12!\n\x05index\x18\x01 \x01(\x0b\x32\x12.loopsway.v1.Index\"\x9b\x01\n\x15\x46indInfluencesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x07queries\x18\x02 \x03(\x0b\x32\x12.loopsway.v1.Query\x12\x0e\n\x01k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12)\n\x07resolve\x18\x04 \x01(\x0e\x32\x18.loopsway.v1.ResolveMode\x12\r\n\x05steps\x18\x05 \x03(\x05\x42\x04\n\x02_k\"\x7f\n\x16\x46indInfluencesResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.loopsway.v1.QueryInfluences\x12\r\n\x05index\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"\x8c\x01\n\x16GetTrajectoriesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x07queries\x18\x02 \x03(\x0b\x32\x12.loopsway.v1.Query\x12\x13\n\x0b\x65xample_ids\x18\x03 \x03(\t\x12)\n\x07resolve\x18\x04 \x01(\x0e\x32\x18.loopsway.v1.ResolveMode\"\xd4\x01\n\x17GetTrajectoriesResponse\x12\'\n\ninfluences\x18\x01 \x01(\x0b\x32\x13.loopsway.v1.Tensor\x12,\n\x0fstandard_errors\x18\x02 \x01(\x0b\x32\x13.loopsway.v1.Tensor\x12*\n\x07queries\x18\x03 \x03(\x0b\x32\x19.loopsway.v1.QuerySummary\x12\r\n\x05index\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t*\x9f\x01\n\x0bResolveMode\x12\x1c\n\x18RESOLVE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17RESOLVE_MODE_QUERY_STEP\x10\x01\x12\x1b\n\x17RESOLVE_MODE_TRAIN_STEP\x10\x02\x12\x1a\n\x16RESOLVE_MODE_SAME_STEP\x10\x03\x12\x1c\n\x18RESOLVE_MODE_STEP_MATRIX\x10\x04*j\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x03\x32\x8f\x02\n\x0b\x41ttribution\x12G\n\x08GetIndex\x12\x1c.loopsway.v1.GetIndexRequest\x1a\x1d.loopsway.v1.GetIndexResponse\x12Y\n\x0e\x46indInfluences\x12\".loopsway.v1.FindInfluencesRequest\x1a#.loopsway.v1.FindInfluencesResponse\x12\\\n\x0fGetTrajectories\x12#.loopsway.v1.GetTrajectoriesRequest\x1a$.loopsway.v1.GetTrajectoriesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loopsway.v1.attribution_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESOLVEMODE']._serialized_start=2111
-  _globals['_RESOLVEMODE']._serialized_end=2270
-  _globals['_DATATYPE']._serialized_start=2272
-  _globals['_DATATYPE']._serialized_end=2378
+  _globals['_RESOLVEMODE']._serialized_start=2128
+  _globals['_RESOLVEMODE']._serialized_end=2287
+  _globals['_DATATYPE']._serialized_start=2289
+  _globals['_DATATYPE']._serialized_end=2395
   _globals['_TENSOR']._serialized_start=109
   _globals['_TENSOR']._serialized_end=188
   _globals['_SKETCH']._serialized_start=190
@@ -52,25 +52,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYINFLUENCES']._serialized_start=717
   _globals['_QUERYINFLUENCES']._serialized_end=850
   _globals['_LOOP']._serialized_start=852
-  _globals['_LOOP']._serialized_end=888
-  _globals['_CHECKPOINT']._serialized_start=890
-  _globals['_CHECKPOINT']._serialized_end=958
-  _globals['_RECALL']._serialized_start=960
-  _globals['_RECALL']._serialized_end=993
-  _globals['_INDEX']._serialized_start=996
-  _globals['_INDEX']._serialized_end=1374
-  _globals['_GETINDEXREQUEST']._serialized_start=1376
-  _globals['_GETINDEXREQUEST']._serialized_end=1408
-  _globals['_GETINDEXRESPONSE']._serialized_start=1410
-  _globals['_GETINDEXRESPONSE']._serialized_end=1463
-  _globals['_FINDINFLUENCESREQUEST']._serialized_start=1466
-  _globals['_FINDINFLUENCESREQUEST']._serialized_end=1621
-  _globals['_FINDINFLUENCESRESPONSE']._serialized_start=1623
-  _globals['_FINDINFLUENCESRESPONSE']._serialized_end=1750
-  _globals['_GETTRAJECTORIESREQUEST']._serialized_start=1753
-  _globals['_GETTRAJECTORIESREQUEST']._serialized_end=1893
-  _globals['_GETTRAJECTORIESRESPONSE']._serialized_start=1896
-  _globals['_GETTRAJECTORIESRESPONSE']._serialized_end=2108
-  _globals['_ATTRIBUTION']._serialized_start=2381
-  _globals['_ATTRIBUTION']._serialized_end=2652
+  _globals['_LOOP']._serialized_end=905
+  _globals['_CHECKPOINT']._serialized_start=907
+  _globals['_CHECKPOINT']._serialized_end=975
+  _globals['_RECALL']._serialized_start=977
+  _globals['_RECALL']._serialized_end=1010
+  _globals['_INDEX']._serialized_start=1013
+  _globals['_INDEX']._serialized_end=1391
+  _globals['_GETINDEXREQUEST']._serialized_start=1393
+  _globals['_GETINDEXREQUEST']._serialized_end=1425
+  _globals['_GETINDEXRESPONSE']._serialized_start=1427
+  _globals['_GETINDEXRESPONSE']._serialized_end=1480
+  _globals['_FINDINFLUENCESREQUEST']._serialized_start=1483
+  _globals['_FINDINFLUENCESREQUEST']._serialized_end=1638
+  _globals['_FINDINFLUENCESRESPONSE']._serialized_start=1640
+  _globals['_FINDINFLUENCESRESPONSE']._serialized_end=1767
+  _globals['_GETTRAJECTORIESREQUEST']._serialized_start=1770
+  _globals['_GETTRAJECTORIESREQUEST']._serialized_end=1910
+  _globals['_GETTRAJECTORIESRESPONSE']._serialized_start=1913
+  _globals['_GETTRAJECTORIESRESPONSE']._serialized_end=2125
+  _globals['_ATTRIBUTION']._serialized_start=2398
+  _globals['_ATTRIBUTION']._serialized_end=2669
 # @@protoc_insertion_point(module_scope)

@@ -361,8 +361,13 @@ class Loop(_message.Message):
 
     BODY_FIELD_NUMBER: _builtins.int
     MARKER_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
     marker: _builtins.str
     """The module whose every call begins a step. Empty: the first module of the body to be entered."""
+    outside: _builtins.bool
+    """Whether every trainable parameter of the model is attributed to. The last two steps of the index and of each query
+    then stand for what lies before the first step and after the last: all steps add up to the whole model's TracIn.
+    """
     @_builtins.property
     def body(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names or globs of the model's modules that form the loop's body; at least one."""
@@ -372,10 +377,11 @@ class Loop(_message.Message):
         *,
         body: _abc.Iterable[_builtins.str] | None = ...,
         marker: _builtins.str = ...,
+        outside: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "marker", b"marker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "marker", b"marker", "outside", b"outside"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

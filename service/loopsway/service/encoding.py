@@ -30,7 +30,7 @@ def index_response(engine: Engine) -> pb.GetIndexResponse:
         width=index.width,
         bits=index.bits,
         fingerprint=index.fingerprint,
-        loop=pb.Loop(body=index.loop.body, marker=index.loop.marker or ""),
+        loop=pb.Loop(body=index.loop.body, marker=index.loop.marker or "", outside=index.loop.outside),
         checkpoints=[
             pb.Checkpoint(name=checkpoint.name, learning_rate=checkpoint.learning_rate, mean_loss=float(loss))
             for checkpoint, loss in zip(index.checkpoints, index.mean_losses(), strict=True)
