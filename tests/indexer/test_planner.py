@@ -19,7 +19,7 @@ def test_the_product_is_taken_for_small_layers_and_fourier_for_huge_ones_at_few_
 
 
 def test_grouped_rows_make_the_product_cheaper_and_so_the_choice_of_it_more_frequent() -> None:
-    tokens, outputs, inputs, width = 128, 50_000, 64, 1024
+    tokens, outputs, inputs, width = 128, 50_000, 96, 1024
     assert product_ns(tokens, outputs, inputs, 2560) < product_ns(tokens, outputs, inputs)
     assert fourier_ns(tokens, outputs, inputs, width) < product_ns(tokens, outputs, inputs)
     assert choose_path(tokens, outputs, inputs, width) == "fourier"

@@ -17,7 +17,7 @@ SCATTER_NS = 0.7  # one entry of a product, written and added to the sketch as p
 SIGN_NS = 0.25  # one entry of an activation multiplied by its column's sign
 GROUP_NS = 0.8  # one entry of an output gradient added to its row group
 FFT_NS = 0.19  # one of W log2 W of a token's sketch, FFT and product
-BUCKET_NS = 1.0  # one entry of a token added to its own bucket, before the FFT
+BUCKET_NS = 1.5  # one entry of a token added to its own bucket, before the FFT
 
 
 @dataclass(kw_only=True)
