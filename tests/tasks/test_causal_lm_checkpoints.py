@@ -173,7 +173,7 @@ def test_a_record_that_is_damaged_or_there_for_some_only_is_named(copy: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "dory"])
-def test_second_moments_are_the_trainers_own_by_name(tmp_path: Path, kind: str) -> None:
+def test_second_moments_are_the_trainers_own_by_name_without_their_bias(tmp_path: Path, kind: str) -> None:
     folder, trainer = write_run(tmp_path / "run", kind)
     task = CausalLMTask(str(folder), loop="transformer.h.0-1" if kind == "gpt2" else LOOP)
     moments = task.second_moments(task.checkpoints()[-1])
@@ -183,7 +183,8 @@ def test_second_moments_are_the_trainers_own_by_name(tmp_path: Path, kind: str) 
     assert moments.keys() == expected.keys()
     assert len(moments) == len(list(trainer.model.parameters()))
     for name, moment in moments.items():
-        torch.testing.assert_close(moment, expected[name]["exp_avg_sq"], rtol=0, atol=0)
+        correction = 1 - 0.999 ** int(expected[name]["step"])  # by the Trainer's default beta2
+        torch.testing.assert_close(moment * correction, expected[name]["exp_avg_sq"], rtol=1e-6, atol=0)
 
 
 def test_without_an_optimizers_file_there_are_no_second_moments(copy: Path) -> None:

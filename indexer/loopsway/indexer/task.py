@@ -42,7 +42,9 @@ class Task(ABC):
         """
 
     def second_moments(self, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor] | None:
-        """Adam's second moments (`exp_avg_sq`) at this checkpoint by parameter name, for optimizer-aware influence.
+        """Adam's second moments at this checkpoint by parameter name, for optimizer-aware influence.
+
+        `exp_avg_sq / (1 - beta2**step)`, as Adam uses them.
 
         None when the checkpoint keeps none. Each has its parameter's shape.
         """

@@ -24,6 +24,8 @@ SECOND_MOMENT = "exp_avg_sq"
 def read_second_moments(file: Path, model: nn.Module) -> dict[str, Tensor]:
     """The second moments by parameter name, float32; parameters that never had a gradient in training have none.
 
+    They are v / (1 - beta2^t), as Adam divides by them: early in training v itself is still near its start at zero.
+
     Args:
         file: as the Trainer wrote it.
         model: with the parameters that were trained requiring gradients; its weights may be on the meta device.
@@ -31,7 +33,7 @@ def read_second_moments(file: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         TaskError: the file is damaged, of another optimizer, or of another model.
     """
-    groups, state = _read(file)
+    groups, decays, state = _read(file)
     names = _names_in_order(model)
     if [len(group) for group in groups] != [len(group) for group in names]:
         raise TaskError(
@@ -41,18 +43,21 @@ def read_second_moments(file: Path, model: nn.Module) -> dict[str, Tensor]:
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     moments: dict[str, Tensor] = {}
-    for group, in_order in zip(groups, names, strict=True):
+    for group, in_order, decay in zip(groups, names, decays, strict=True):
         for number, name in zip(group, in_order, strict=True):
             if number in state:
-                moments[name] = _moment(state[number], name, shapes[name], file)
+                moment = _moment(state[number], name, shapes[name], file)
+                moments[name] = moment / (1 - decay ** float(state[number]["step"]))
     return moments
 
 
-def _read(file: Path) -> tuple[list[list[Any]], dict[Any, Any]]:
-    """The numbers of each group's parameters, and the state by number."""
+def _read(file: Path) -> tuple[list[list[Any]], list[float], dict[Any, Any]]:
+    """The numbers of each group's parameters, each group's beta2, and the state by number."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return [list(group["params"]) for group in saved["param_groups"]], dict(saved["state"])
+        groups = saved["param_groups"]
+        decays = [float(group.get("betas", (0.9, 0.999))[1]) for group in groups]
+        return [list(group["params"]) for group in groups], decays, dict(saved["state"])
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
         raise TaskError(f"{file} can't be read as an optimizer's state ({type(error).__name__}: {error})") from error
 
