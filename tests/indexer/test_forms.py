@@ -43,7 +43,7 @@ def test_tiles_do_not_change_the_product(monkeypatch: pytest.MonkeyPatch) -> Non
     whole, tiled = (new_sketches({"w": (20, 70)}, 3, 1) for _ in range(2))
     fourier = new_sketches({"w": (20, 70)}, 3, 1, layer_path="fourier")
     whole.add("w", 0, OuterProduct(left, right))
-    monkeypatch.setattr("loopsway.indexer.sketch.TILE_BYTES", 4 * 3 * 70 * 3)
+    monkeypatch.setattr("loopsway.indexer.sketch.PRODUCT_BYTES", 4 * 70 * 7)
     tiled.add("w", 0, OuterProduct(left, right))
     fourier.add("w", 0, OuterProduct(left, right))
     torch.testing.assert_close(whole.values, tiled.values)

@@ -28,10 +28,18 @@ class RunAccumulator:
     def __init__(self, batch: int, width: int, longest: int, *, device: torch.device) -> None:
         self._width, self._half = width, width + longest
         self._buffer = torch.zeros(batch, 2 * self._half, device=device)
+        self._scratch = self._buffer.new_empty(0)
 
     def add(self, starts: Tensor, runs: Tensor, examples: slice = slice(None)) -> None:
         """Adds these examples' runs [B, N, n], each to its start [N]: a bucket, plus L to subtract the run."""
         _add_runs(self._buffer[examples], starts, runs)
+
+    def scratch(self, least: int) -> Tensor:
+        """Memory for runs before they are added, kept from one call to the next: fresh pages cost as much as adding."""
+        least = max(least, self._half - self._width)
+        if len(self._scratch) < least:
+            self._scratch = self._buffer.new_empty(least)
+        return self._scratch
 
     def add_apart(self, starts: Tensor, runs: Tensor) -> None:
         """As `add`, with starts [B, N] of each example's own."""

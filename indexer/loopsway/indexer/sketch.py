@@ -16,6 +16,7 @@ This file knows no modules and no loop.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -36,7 +37,8 @@ __all__ = ["DeviceHash", "ExactGradients", "GradientSink", "Sketches"]
 # Of float32 that a path may hold besides the sketches. More is slower, however much memory there is: beyond a few
 # megabytes, allocators hand out fresh pages, which cost as much to touch as a product's entries to compute.
 TILE_BYTES = 8 << 20
-TILE_ROWS = 128  # of a product, at the least if there are so many: matrix products of fewer rows are slow
+# Of a product: it stays in the cache until it is added. All rows of few examples multiply faster than few rows of all.
+PRODUCT_BYTES = 2 << 20
 
 
 class GradientSink(Protocol):
@@ -185,14 +187,17 @@ def _add_by_product(
     if hashed.groups is not None and scale is None:
         left, starts = hashed.group_rows(left), hashed.group_starts
     (batch, _, outputs), inputs = left.shape, right.shape[2]
-    size = max(1, TILE_BYTES // (4 * min(TILE_ROWS, outputs) * inputs))  # examples of a tile
-    tile = max(1, TILE_BYTES // (4 * min(size, batch) * inputs))  # rows of a tile
+    scratch = runs.scratch(PRODUCT_BYTES // 4)
+    tile = min(outputs, max(1, len(scratch) // inputs))  # rows of a tile
+    size = max(1, len(scratch) // (tile * inputs))  # examples of a tile
     for first in range(0, batch, size):
-        examples = slice(first, first + size)
+        examples = slice(first, min(first + size, batch))
         signed = right[examples] * hashed.column_signs
         for start in range(0, outputs, tile):
-            rows = slice(start, start + tile)
-            product = torch.bmm(left[examples, :, rows].transpose(1, 2), signed)  # [size, tile, I]
+            rows = slice(start, min(start + tile, outputs))
+            shape = (examples.stop - first, rows.stop - start, inputs)
+            product = scratch[: math.prod(shape)].view(shape)  # [size, tile, I]
+            torch.bmm(left[examples, :, rows].transpose(1, 2), signed, out=product)
             if scale is not None:
                 product *= scale[rows]
             for segment, row_starts in zip(hashed.segments, starts, strict=True):
