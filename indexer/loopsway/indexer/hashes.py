@@ -4,25 +4,29 @@ They are drawn in numpy from counter-based Philox streams (Salmon et al. 2011), 
 parameter, role), so that the same key gives the same hash on every device, in every process and release. Only raw
 64-bit words are used: numpy promises that raw streams are stable, and does not promise it of its distributions.
 
-Construction 1: a parameter is a matrix of rows x columns (a vector is one row). Entry (r, c) falls into bucket
+Construction 2: a parameter is a matrix of rows x columns (a vector is one row). Entry (r, c) falls into bucket
 (row_buckets[r] + column_buckets[c]) mod W with sign row_signs[r] * column_signs[c]. Columns are *contiguous*: within a
 segment of W columns, column_buckets[c] = offset + c, so that two columns of a row never collide and a row is added to
-the sketch as one shifted run. Rows, signs and each segment's offset are random, so any other two entries collide with
-probability 1/W: the estimate stays unbiased (Pham and Pagh 2013, with fewer collisions).
+the sketch as one shifted run. Row buckets are *distinct*: within a chunk of W rows they are a random permutation of the
+buckets, so that two rows never collide as a whole, in every column at once. Any two entries that differ in row and
+column collide with probability 1 / (W - 1), those that share one never (within a segment and a chunk), and the signs
+keep the estimate unbiased. So for a matrix of at most W rows and W / 2 columns
+
+    Var <A, B> <= (|A|^2 |B|^2 + <A, B>^2) / (W - 1),
+
+that of a CountSketch of all entries by independent hashes (Charikar, Chen and Farach-Colton 2002); TensorSketch with
+independent rows and columns (Pham and Pagh 2013) has 2 |A^T B|^2 + 2 |A B^T|^2 beside it, twice as much again for
+gradients of low rank. What lies beyond a chunk or a segment collides as independent hashes do.
 
 Row bucketing (optional) puts the R rows of a matrix into r groups that share a bucket; signs stay per row. So rows can
 be summed, with their signs, before an outer product is multiplied out. Row q r + j, with 0 <= j < r, is in group
 (j + row_shifts[q]) mod r: rows of a block q never meet, rows of two blocks do with probability 1/r, as if drawn one by
 one, and a block is summed as two shifted runs. Two entries of one column then collide with probability 1/r + 1/W at
-most, any others at 1/W still, and the estimate stays unbiased: for matrices A, B, with 1/r = 0 without row bucketing,
-
-    Var <A, B> <= (|A|^2 |B|^2 + <A, B>^2 + 2 |A^T B|^2) / W + 2 |A B^T|^2 (1/W + 1/r)
+most, any others at 1/W still, and the estimate stays unbiased, with 2 |A B^T|^2 (1/W + 1/r) more variance.
 
 |A B^T|^2 is |A|^2 |B|^2 / C when rows point anywhere, but up to |A|^2 |B|^2 when activations point in few directions,
 as those of transformers do: so few groups that r C = 4 W made the error of real gradients 1.7 to 5 times as large. So r
-is GROUPS_PER_BUCKET W, however many the columns: the last term adds at most a factor of 1 + 1 / GROUPS_PER_BUCKET to
-the variance of any gradients, 1.18 in the error, and half of that to gradients of rank one over many columns. Only
-matrices of many rows (a vocabulary's) are grouped.
+is GROUPS_PER_BUCKET W, however many the columns, and only matrices of many rows (a vocabulary's) are grouped.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONSTRUCTION = 1
+CONSTRUCTION = 2
 
 GROUPS_PER_BUCKET = 2.5  # r / W; part of the construction
 
@@ -78,12 +82,13 @@ def parameter_hash(
 ) -> ParameterHash:
     """The hash of one parameter at one checkpoint; the same arguments always give the same arrays."""
     rows, columns = matrix_shape(shape)
-    row_words = _words(seed, checkpoint, parameter, "rows", count=rows)
+    chunks = -(-rows // width)
+    row_words = _words(seed, checkpoint, parameter, "rows", count=chunks * width).reshape(chunks, width)
     column_words = _words(seed, checkpoint, parameter, "columns", count=columns)
     segment_starts = column_words[::width]
     segment_of = np.arange(columns) // width
     column_buckets = (_buckets(segment_starts, width)[segment_of] + np.arange(columns)) % width
-    row_buckets = _buckets(row_words, width)
+    row_buckets = row_words.argsort(axis=1, kind="stable").ravel()[:rows]
     groups = row_groups(rows, width) if row_bucketing else rows
     row_shifts = np.zeros(1, np.int64)
     if groups < rows:
@@ -94,7 +99,7 @@ def parameter_hash(
         row_buckets = row_buckets[:groups][(np.arange(rows) + row_shifts.repeat(groups)[:rows]) % groups]
     return ParameterHash(
         row_buckets=row_buckets,
-        row_signs=_signs(row_words),
+        row_signs=_signs(_words(seed, checkpoint, parameter, "row signs", count=rows)),
         column_buckets=column_buckets,
         column_signs=_signs(column_words),
         row_shifts=row_shifts,
