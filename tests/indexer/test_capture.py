@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layers import Scale
 from looped import MODELS, InjectedModel, RangeModel, collate, losses, make_examples, make_model, step_gradients
 from loopsway.indexer import Checkpoint, Loop, SketchConfig, StepSketcher
 
@@ -163,21 +164,9 @@ def test_the_batch_need_not_be_the_first_dimension() -> None:
     assert owners == {"dimension 1"}
 
 
-class Hidden(torch.autograd.Function):
+class HiddenUse(InjectedModel):
     """Uses a parameter where torch's functions can't be seen."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        return x * gain
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, gain = ctx.saved_tensors
-        return gradients[0] * gain, (gradients[0] * x).sum((0, 1))
-
-
-class HiddenUse(InjectedModel):
     def __init__(self) -> None:
         super().__init__()
         self.block.gain = nn.Parameter(torch.randn(12))
@@ -185,7 +174,7 @@ class HiddenUse(InjectedModel):
     def forward(self, tokens: Tensor) -> Tensor:
         state = self.embed(tokens)
         for _ in range(self.num_steps):
-            state = Hidden.apply(self.block(state, tokens != 0), self.block.gain)
+            state = Scale.apply(self.block(state, tokens != 0), self.block.gain)
         return self.head((state * (tokens != 0)[:, :, None]).sum(1))
 
 

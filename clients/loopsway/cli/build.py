@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--optimizer-aware", is_flag=True, help="Influence of a step of Adam, from its second moments at each checkpoint."
 )
-@click.option("--row-bucketing", is_flag=True, help="Merge rows of wide layers: faster, with a little more error.")
+@click.option("--row-bucketing", is_flag=True, help="Merge rows of matrices of very many rows, such as a vocabulary's.")
 def build(
     task: str,
     task_arg: dict[str, Any],

@@ -31,7 +31,7 @@ from .rules import Context, rule_for
 from .sites import Site, Sites
 from .sketch import GradientSink
 from .steps import Moment, Steps
-from .uses import BROADCASTS, NotFollowedError, Use, Uses, is_differentiable
+from .uses import BROADCASTS, NotFollowedError, Use, Uses, anchor_of, is_differentiable
 
 SinkFactory = Callable[[int, int], GradientSink]
 
@@ -178,8 +178,8 @@ class Capture:
         for place in range(places):
             run.place = place
             run.steps.begin_backward()
-            scaled = values * weights(run.batch, place, run.digit, values.device)
-            torch.autograd.backward(scaled.sum(), retain_graph=place + 1 < places)
+            weighted = values * weights(run.batch, place, run.digit, values.device)
+            torch.autograd.backward(weighted.sum(), retain_graph=place + 1 < places)
 
     def _on_use(self, run: _Run, use: Use, out: Any) -> Any:
         self.used_autocast |= use.autocast is not None
@@ -312,7 +312,7 @@ class Capture:
 def _anchored(use: Use, out: Any) -> Any:
     """Nothing before this call needs a gradient: begin the graph here."""
     outputs = backward.differentiable(out)
-    anchor = torch.zeros((), device=outputs[0].device, dtype=outputs[0].dtype, requires_grad=True)
+    anchor = anchor_of(outputs[0])
     if isinstance(out, Tensor):
         return out.add_(anchor) if use.name.endswith("_") else out + anchor
     changed = [each + anchor if is_differentiable(each) else each for each in out]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .gradients import Dense, Gradient, OuterProduct, TableRows
+from .gradients import Gradient, multiplied_out
 from .hashes import matrix_shape
 
 
@@ -46,13 +46,5 @@ class ExactGradients:
         rows, columns = self._shapes[parameter]
         begin = self._starts[parameter]
         out = self.values[:, step, begin : begin + rows * columns]
-        scale = self._scales[parameter].flatten() if parameter in self._scales else out.new_ones(())
-        match gradient:
-            case Dense(values, start):
-                entries = slice(start, start + values.shape[1])
-                out[:, entries] += values * scale.expand(rows * columns)[entries]
-            case TableRows(table_rows, values):
-                index = table_rows.unsqueeze(-1) * columns + torch.arange(columns, device=out.device)
-                out.scatter_add_(1, index.flatten(1), (values * scale.expand(rows * columns)[index]).flatten(1))
-            case OuterProduct(left, right):
-                out += torch.bmm(left.transpose(1, 2), right).flatten(1) * scale
+        entries = multiplied_out(gradient, (rows, columns))
+        out += entries * self._scales[parameter].flatten() if parameter in self._scales else entries

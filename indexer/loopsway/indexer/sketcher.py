@@ -22,6 +22,7 @@ from .gradients import Dense
 from .losses import Losses, dense_gradients
 from .optimizer import optimizer_scales
 from .plan import PlanEntry, plan_entries
+from .planner import PathCost
 from .sketch import DeviceHash, ExactGradients, GradientSink, Sketches
 from .untied import run_untied
 from .uses import NotFollowedError
@@ -68,7 +69,7 @@ class StepSketcher:
         self._device = self._capture.body.device
         self._checked_examples = 0
         self._untied_because: str | None = None
-        self._last: Captured | None = None
+        self._costs: Mapping[str, PathCost] | None = None  # of the last batch
         self._scales = optimizer_scales(self._capture.parameters, self.config, second_moments)
         self._hashes: dict[str, DeviceHash] = {}
         if self.config.width is not None:
@@ -109,7 +110,7 @@ class StepSketcher:
         if captured is None or self._checked_examples < min(len(captured.losses), 2):
             captured = self._checked(losses, batch)
         captured.values.mul_(self._scale)
-        self._last = captured
+        self._costs = getattr(captured.sink, "costs", {})
         return captured
 
     def plan(self) -> list[PlanEntry]:
@@ -118,10 +119,9 @@ class StepSketcher:
         Raises:
             ValueError: nothing was sketched yet.
         """
-        if self._last is None:
+        if self._costs is None:
             raise ValueError("there is no plan before the first batch: call sketch(losses, batch) once")
-        costs = getattr(self._last.sink, "costs", {})
-        return plan_entries(self.parameters, self._capture.seen, costs, self._untied_because)
+        return plan_entries(self.parameters, self._capture.seen, self._costs, self._untied_because)
 
     def _captured(self, losses: Losses, batch: Any, outside: bool | None = None) -> Captured:
         capture = self._capture

@@ -47,7 +47,7 @@ class Steps:
         self.in_forward = True
         self.has_recomputed = False
         self.num_steps = 0
-        self._clock = 0
+        self._clock = self._end = 0  # the end: when the last call of a body module was over
         self._called: set[nn.Module] = set()
         self._exits: dict[nn.Module, int] = {}  # of each root, when its last call was over
         self._inner_exits: dict[nn.Module, int] = {}  # when that of any module in it was
@@ -94,16 +94,17 @@ class Steps:
 
     def begin_backward(self) -> None:
         self.in_forward = False
+        self._end = self._last_exit()
         self._replayed.clear()
 
     def slot(self, moment: Moment, *, outside: bool) -> int | None:
         """The moment's row among the slots; None where it lies outside the loop and `outside` is not wanted.
 
-        The steps come first, then `before` and `after`.
+        The steps come first, then `before` and `after`. Known once the backward pass has begun.
         """
         if moment.step == BEFORE:
             return self.num_steps if outside else None
-        if moment.clock > self._last_exit():
+        if moment.clock > self._end:
             return self.num_steps + 1 if outside else None
         return moment.step
 

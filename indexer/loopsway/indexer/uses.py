@@ -306,7 +306,12 @@ def _with_anchor(out: Tensor, func: Any) -> Tensor:
     starts = torch.is_grad_enabled() and out.is_floating_point() and not out.requires_grad
     if not starts or _changes_its_argument(func) or isinstance(out, torch.nn.Parameter):
         return out
-    return out + torch.zeros((), device=out.device, dtype=out.dtype, requires_grad=True)
+    return out + anchor_of(out)
+
+
+def anchor_of(out: Tensor) -> Tensor:
+    """A zero that needs a gradient: where it is added, a graph begins."""
+    return torch.zeros((), device=out.device, dtype=out.dtype, requires_grad=True)
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
