@@ -5,7 +5,7 @@
 loopsway.indexer.planner prices a linear layer's two paths, product and Fourier, with constants in nanoseconds. The
 first table gives each one's value for several shapes and the median, which is the value to suggest. The second times
 both paths through `Sketches`, beside the matrix product alone (bmm), and shows what the planner's choice cost over the
-better one. The third times row bucketing of a vocabulary's matrix.
+better one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ BATCH = 8
 # Tokens, outputs, inputs.
 LAYERS = ((16, 192, 64), (96, 384, 128), (96, 512, 128), (128, 1024, 256), (128, 256, 1024), (256, 1536, 512))
 WIDTHS = (1024, 8192, 65536)
-VOCABULARIES = ((128, 8192, 256, 1024), (64, 32768, 128, 1024))  # and the width
-SMOKE_LAYERS, SMOKE_WIDTHS, SMOKE_VOCABULARIES = ((4, 16, 8),), (256,), ((4, 400, 8, 64),)
+SMOKE_LAYERS, SMOKE_WIDTHS = ((4, 16, 8),), (256,)
 
 Layer = tuple[int, int, int]
 
@@ -50,12 +49,6 @@ def sign_ns(layer: Layer, repeats: int) -> float:
     return _nanoseconds(lambda: right * signs, repeats) / right.numel()
 
 
-def group_ns(vocabulary: tuple[int, int, int, int], repeats: int) -> float:
-    tokens, outputs, inputs, width = vocabulary
-    left, hashed = torch.randn(BATCH, tokens, outputs), _hashes((tokens, outputs, inputs), width, True)["weight"]
-    return _nanoseconds(lambda: hashed.group_rows(left), repeats) / left.numel()
-
-
 def fft_ns(tokens: int, width: int, repeats: int) -> float:
     """Half of what the Fourier path costs for each token, for each of W log2 W: sketches and their product included."""
     call = _adding((tokens, 1, 1), width, "fourier")
@@ -69,17 +62,11 @@ def bucket_ns(layer: Layer, width: int, repeats: int) -> float:
     return _nanoseconds(lambda: sketches.index_add_(2, buckets, values), repeats) / values.numel()
 
 
-def constants(
-    layers: tuple[Layer, ...],
-    widths: tuple[int, ...],
-    vocabularies: tuple[tuple[int, int, int, int], ...],
-    repeats: int,
-) -> str:
+def constants(layers: tuple[Layer, ...], widths: tuple[int, ...], repeats: int) -> str:
     found = {
         "MULTIPLY_ADD_NS": [multiply_add_ns(layer, repeats) for layer in layers],
         "SCATTER_NS": [scatter_ns(layer, width, repeats) for layer in layers for width in widths],
         "SIGN_NS": [sign_ns(layer, repeats) for layer in layers],
-        "GROUP_NS": [group_ns(vocabulary, repeats) for vocabulary in vocabularies],
         "FFT_NS": [fft_ns(tokens, width, repeats) for tokens, _, _ in layers for width in widths],
         "BUCKET_NS": [bucket_ns(layer, widths[0], repeats) for layer in layers],
     }
@@ -106,39 +93,20 @@ def choices(layers: tuple[Layer, ...], widths: tuple[int, ...], repeats: int) ->
     return markdown_table(header, rows)
 
 
-def grouping(vocabularies: tuple[tuple[int, int, int, int], ...], repeats: int) -> str:
-    rows = []
-    for tokens, outputs, inputs, width in vocabularies:
-        layer = tokens, outputs, inputs
-        calls = {name: _adding(layer, width, "product", name == "grouped") for name in ("rows", "grouped")}
-        seconds = median_seconds(calls, repeats)
-        groups = _hashes(layer, width, True)["weight"].groups
-        expected = planner.product_ns(*layer, groups) / planner.product_ns(*layer)
-        ratio = seconds["grouped"] / seconds["rows"]
-        rows.append((" x ".join(map(str, layer)), str(width), str(groups), f"{ratio:.2f}", f"{expected:.2f}"))
-    return markdown_table(("T x O x I", "W", "row groups", "time / ungrouped", "expected"), rows)
-
-
 def _multiplying(layer: Layer) -> Callable[[], object]:
     tokens, outputs, inputs = layer
     left, right = torch.randn(BATCH, tokens, outputs), torch.randn(BATCH, tokens, inputs)
     return lambda: torch.bmm(left.transpose(1, 2), right)
 
 
-def _adding(layer: Layer, width: int, path: LayerPath, row_bucketing: bool = False) -> Callable[[], None]:
+def _adding(layer: Layer, width: int, path: LayerPath) -> Callable[[], None]:
     """Adds one layer's gradients of a batch to its sketches."""
     tokens, outputs, inputs = layer
-    hashes = _hashes(layer, width, row_bucketing)
-    sketches = Sketches(hashes, BATCH, 1, width=width, layer_path=path, device=torch.device("cpu"))
+    shapes, device = {"weight": layer[1:]}, torch.device("cpu")
+    hashes = DeviceHash.of_parameters(shapes, width=width, seed=0, checkpoint="any", device=device)
+    sketches = Sketches(hashes, BATCH, 1, width=width, layer_path=path, device=device)
     gradient = OuterProduct(torch.randn(BATCH, tokens, outputs), torch.randn(BATCH, tokens, inputs))
     return partial(sketches.add, "weight", 0, gradient)
-
-
-def _hashes(layer: Layer, width: int, row_bucketing: bool) -> dict[str, DeviceHash]:
-    shapes, device = {"weight": layer[1:]}, torch.device("cpu")
-    return DeviceHash.of_parameters(
-        shapes, width=width, seed=0, checkpoint="any", device=device, row_bucketing=row_bucketing
-    )
 
 
 def _nanoseconds(call: Callable[[], object], repeats: int) -> float:
@@ -148,12 +116,9 @@ def _nanoseconds(call: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments = parse_arguments(parser)
-    layers, widths, vocabularies = LAYERS, WIDTHS, VOCABULARIES
-    if arguments.smoke:
-        layers, widths, vocabularies = SMOKE_LAYERS, SMOKE_WIDTHS, SMOKE_VOCABULARIES
-    print(constants(layers, widths, vocabularies, arguments.repeats), flush=True, end="\n\n")
-    print(choices(layers, widths, arguments.repeats), flush=True, end="\n\n")
-    print(grouping(vocabularies, arguments.repeats))
+    layers, widths = (SMOKE_LAYERS, SMOKE_WIDTHS) if arguments.smoke else (LAYERS, WIDTHS)
+    print(constants(layers, widths, arguments.repeats), flush=True, end="\n\n")
+    print(choices(layers, widths, arguments.repeats))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,18 +27,16 @@ from loopsway.indexer.coding import code_examples
 from loopsway.indexer.gradients import Gradient, OuterProduct
 
 PROJECTIONS = (512, 2048)  # the reference's floats for each tensor; 2048 is its default
-HAS_BUCKETING = any(field.name == "row_bucketing" for field in fields(SketchConfig))
 INPUT = "places.weight"  # of every model: its gradient is a sum over the batch, next to nothing
 
 TIME_HEADER = (
     "model", "plain, ms", "body's gradients alone", "no parameter's", "engine, nothing kept", "products", "sketches",
-    "rotation + coding", "all", "row bucketing", *(f"reference, m={m}" for m in PROJECTIONS), "reference / ours",
+    "rotation + coding", "all", *(f"reference, m={m}" for m in PROJECTIONS), "reference / ours",
 )  # fmt: skip
 TIME_LEGEND = """
 Multiples of the plain step of the same batch: all parameters' gradients. *No parameter's*: forward and activations'
 backward, no hook. *Engine, nothing kept*: the same through ours, with the gradients' factors dropped. *Products*: with
 each example's gradients multiplied out and dropped. *Sketches*: at the default width. *All*: with rotation and coding.
-*Row bucketing*: sketches with SketchConfig(row_bucketing=True); no effect where no matrix has rows enough.
 *Reference / ours*: the reference at its default of 2048 floats for each tensor, over *all*.
 """
 
@@ -130,13 +128,6 @@ def time_row(subject: Subject, repeats: int) -> tuple[str, ...]:
         "sketch": sketch,
         "coding": partial(code_examples, finished, seed=config.seed, bits=config.bits),
     }
-    bucketing = "-"
-    if HAS_BUCKETING:
-        call = subject.sketch_call(replace(config, **{"row_bucketing": True}))
-        if torch.equal(call(), finished):
-            bucketing = "no effect"
-        else:
-            calls["bucketing"] = call
     for projection in PROJECTIONS:
         calls[f"m={projection}"] = subject.reference_call(projection)
     seconds = median_seconds(calls, repeats)
@@ -144,10 +135,9 @@ def time_row(subject: Subject, repeats: int) -> tuple[str, ...]:
     shares = {name: value / seconds["plain"] for name, value in seconds.items()}
     parts = ("body", "none", "engine", "products", "sketch", "coding", "all")
     cells = [f"{shares[name]:.2f}" for name in parts]
-    bucketing = f"{shares['bucketing']:.2f}" if "bucketing" in shares else bucketing
     reference = [f"{shares[f'm={projection}']:.2f}" for projection in PROJECTIONS]
     faster = shares[f"m={PROJECTIONS[-1]}"] / shares["all"]
-    return (str(subject.workload), f"{1e3 * seconds['plain']:.0f}", *cells, bucketing, *reference, f"{faster:.1f}")
+    return (str(subject.workload), f"{1e3 * seconds['plain']:.0f}", *cells, *reference, f"{faster:.1f}")
 
 
 def growth_table(texts: Sequence[str], repeats: int, *, smoke: bool) -> str:

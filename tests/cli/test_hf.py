@@ -124,7 +124,7 @@ def test_inspect_shows_the_checkpoints_of_a_run(trained_index: Path) -> None:
         assert text in result.stdout
 
 
-@pytest.mark.parametrize("flags", [["--optimizer-aware"], ["--outside"], ["--row-bucketing"], ["--all-tokens"]])
+@pytest.mark.parametrize("flags", [["--optimizer-aware"], ["--outside"], ["--all-tokens"]])
 def test_a_flag_is_kept_with_the_index(trained_index: Path, data: Path, tmp_path: Path, flags: list[str]) -> None:
     folder = Path(open_index(trained_index).task_arguments["model"])
     path = tmp_path / "x.index"
@@ -132,7 +132,6 @@ def test_a_flag_is_kept_with_the_index(trained_index: Path, data: Path, tmp_path
     assert result.exit_code == 0, result.output
     index = open_index(path)
     assert index.config.optimizer_aware == (flags == ["--optimizer-aware"])
-    assert index.config.row_bucketing == (flags == ["--row-bucketing"])
     assert index.loop.outside == (flags == ["--outside"])
     shown = invoke(["inspect", path]).stdout
     assert ("3, and what is before and after the loop" in shown) == index.loop.outside

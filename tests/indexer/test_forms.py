@@ -1,4 +1,4 @@
-"""Whatever its form, pieces, order, tiles and path, a gradient gives one sketch; scales and row groups included."""
+"""Whatever its form, pieces, order, tiles and path, a gradient gives one sketch; scales included."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from looped import InjectedModel, collate, make_examples, make_model
-from loopsway.indexer import SketchConfig, StepSketcher, accumulator
+from loopsway.indexer import accumulator
 from loopsway.indexer.config import LayerPath
 from loopsway.indexer.gradients import Dense, Gradient, OuterProduct, TableRows
 from loopsway.indexer.sketch import DeviceHash, ExactGradients, GradientSink, Sketches
@@ -29,12 +27,8 @@ def new_sketches(
     *,
     layer_path: LayerPath = "auto",
     scales: Any = None,
-    row_bucketing: bool = False,
-    seed: int = 0,
 ) -> Sketches:
-    hashes = DeviceHash.of_parameters(
-        shapes, width=WIDTH, seed=seed, checkpoint="single", device=CPU, row_bucketing=row_bucketing
-    )
+    hashes = DeviceHash.of_parameters(shapes, width=WIDTH, seed=0, checkpoint="single", device=CPU)
     return Sketches(hashes, batch, num_steps, width=WIDTH, layer_path=layer_path, device=CPU, scales=scales)
 
 
@@ -149,62 +143,3 @@ def test_a_torch_that_loses_writes_through_overlapping_views_is_found_out(monkey
     original = Tensor.unfold
     monkeypatch.setattr(Tensor, "unfold", unfold)
     assert not accumulator._overlapping_views_add_up.__wrapped__()
-
-
-def test_grouped_rows_give_one_sketch_by_every_path() -> None:
-    """420 rows in 160 groups: blocks of 160, 160 and 100 rows, each summed in two pieces at most."""
-    left, right = torch.randn(3, 5, 420), torch.randn(3, 5, 70)
-    gradients = [
-        (OuterProduct(left, right), "product", "product, 160 row groups"),
-        (OuterProduct(left, right), "fourier", "fourier"),
-        (Dense(torch.einsum("bto,bti->boi", left, right).flatten(1)), "auto", "dense"),
-        (TableRows(torch.arange(420).expand(3, 420), torch.einsum("bto,bti->boi", left, right)), "auto", "rows"),
-    ]
-    values = []
-    for gradient, layer_path, path in gradients:
-        sink = new_sketches({"w": (420, 70)}, 3, 1, layer_path=layer_path, row_bucketing=True)
-        sink.add("w", 0, gradient)
-        assert sink.costs["w"].path == path
-        values.append(sink.values)
-    assert all(float((other - values[0]).norm() / values[0].norm()) < 1e-6 for other in values[1:])
-    plain = new_sketches({"w": (420, 70)}, 3, 1)
-    plain.add("w", 0, gradients[0][0])
-    assert not torch.allclose(plain.values, values[0], rtol=0.5), "grouping is another hash"
-
-
-def test_scaled_entries_of_grouped_rows_are_multiplied_out_apart() -> None:
-    left, right, scale = torch.randn(3, 5, 420), torch.randn(3, 5, 30), 0.1 + torch.rand(420, 30)
-    product, dense = (new_sketches({"w": (420, 30)}, 3, 1, row_bucketing=True, scales={"w": scale}) for _ in range(2))
-    product.add("w", 0, OuterProduct(left, right))
-    dense.add("w", 0, Dense(torch.einsum("bto,bti->boi", left, right).flatten(1)))
-    assert product.costs["w"].path == "product"
-    assert float((product.values - dense.values).norm() / dense.values.norm()) < 1e-6
-
-
-def flat_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of logits so small that no class is certain: a wide model with random weights has gradients still."""
-    return functional.cross_entropy(model(batch["tokens"]) / 100, batch["labels"], reduction="none")
-
-
-def test_grouping_rows_adds_a_tenth_to_the_error_at_most() -> None:
-    """Real gradients; a width of 64 groups 800 of 1120 rows of the block's matrices, qkv and the MLP's first."""
-    model, batch = make_model(InjectedModel, dim=160), collate(make_examples(6, longest=12))
-    sketcher = StepSketcher(model, model.loop, SketchConfig(width=None))
-    exact = sketcher.sketch(flat_losses, batch).flatten(0, 1)
-    exact /= exact.norm(dim=1, keepdim=True)
-    parts = dict(
-        zip(sketcher.parameters, exact.split([int(np.prod(s)) for s in sketcher.parameters.values()], 1), strict=True)
-    )
-    inner = exact.double() @ exact.double().T
-    errors = []
-    for row_bucketing in (False, True):
-        squares = torch.zeros_like(inner)
-        for seed in range(TRIALS):
-            sink = new_sketches(sketcher.parameters, len(exact), 1, seed=seed, row_bucketing=row_bucketing)
-            for name, part in parts.items():
-                sink.add(name, 0, Dense(part))
-            sketches = sink.values[:, 0].double()
-            squares += (sketches @ sketches.T - inner).square()
-        errors.append(float((squares / TRIALS).mean().sqrt()))
-    assert errors[1] < 1.1 * errors[0], f"grouping rows made the error {errors[1] / errors[0]:.2f} times as large"
-    assert 0.5 < errors[0] * np.sqrt(WIDTH) < 2.5

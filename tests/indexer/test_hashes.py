@@ -1,4 +1,4 @@
-"""Hashes never change; contiguous columns estimate as well as independent ones or better, grouped rows as stated."""
+"""Hashes never change; contiguous columns estimate as well as independent ones or better."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loopsway.indexer.gradients import Dense
-from loopsway.indexer.hashes import GROUPS_PER_BUCKET, parameter_hash, rotation_signs, row_groups
+from loopsway.indexer.hashes import parameter_hash, rotation_signs
 from loopsway.indexer.sketch import DeviceHash, Sketches
 
 TRIALS = 1500
@@ -22,35 +22,6 @@ def test_the_construction_is_frozen() -> None:
     assert hashed.column_buckets.tolist() == [308, 309, 310, 311, 312]
     assert hashed.column_signs.tolist() == [1, 1, -1, 1, -1]
     assert rotation_signs(7, 64)[:8].tolist() == [-1, -1, -1, -1, 1, 1, -1, -1]
-
-
-def test_the_construction_of_row_groups_is_frozen() -> None:
-    hashed = parameter_hash(7, "step-100", "head.weight", (400, 2), 64, row_bucketing=True)
-    assert hashed.row_groups == 160
-    assert hashed.row_shifts.tolist() == [99, 150, 1]
-    assert hashed.row_buckets[[0, 1, 2, 160, 161, 162, 399]].tolist() == [50, 21, 14, 60, 2, 51, 27]
-    plain = parameter_hash(7, "step-100", "head.weight", (400, 2), 64)
-    assert np.array_equal(hashed.row_signs, plain.row_signs)
-    assert (plain.row_groups, plain.row_shifts.tolist()) == (400, [0])
-
-
-def test_only_rows_that_grouping_halves_are_grouped() -> None:
-    assert [row_groups(rows, 64) for rows in (1, 319, 320, 10_000)] == [1, 319, 160, 160]
-    grouped, plain = (parameter_hash(0, "a", "w", (319, 3), 64, row_bucketing=on) for on in (True, False))
-    assert np.array_equal(grouped.row_buckets, plain.row_buckets)
-
-
-def test_row_groups_are_of_equal_size_and_rows_of_two_blocks_meet_as_if_by_chance() -> None:
-    rows, groups, seeds = 470, 160, 400
-    meetings = 0
-    for seed in range(seeds):
-        hashed = parameter_hash(seed, "a", "w", (rows, 1), 64, row_bucketing=True)
-        group_of = (np.arange(rows) + hashed.row_shifts.repeat(groups)[:rows]) % groups
-        assert set(np.bincount(group_of)) <= {rows // groups, rows // groups + 1}
-        assert all(len(set(hashed.row_buckets[group_of == group])) == 1 for group in range(0, groups, 40))
-        meetings += int(group_of[3] == group_of[200]) + int(group_of[5] == group_of[333])
-    expected = 2 * seeds / groups
-    assert abs(meetings - expected) < 4 * np.sqrt(expected), f"{meetings} meetings, expected {expected:.0f}"
 
 
 @pytest.mark.parametrize("other", [(1, "a", "w", (4, 4)), (0, "b", "w", (4, 4)), (0, "a", "v", (4, 4))])
@@ -109,22 +80,6 @@ def test_the_estimate_is_unbiased_and_its_variance_within_the_bound(kind: str) -
     assert_within(estimates, variance_bound(a, b), "columns collide too often")
 
 
-@pytest.mark.parametrize("kind", ["dense", "rank one", "constant", "diagonal", "toeplitz", "column"])
-def test_grouped_rows_are_unbiased_too_and_their_variance_within_its_bound(kind: str) -> None:
-    a, b = matrices(kind, rows=330)
-    estimates = inner_products(a, b, row_bucketing=True)
-    assert_unbiased(estimates, np.sum(a * b))
-    groups = row_groups(len(a), WIDTH)
-    assert groups == GROUPS_PER_BUCKET * WIDTH < len(a) / 2
-    bound = variance_bound(a, b) + 2 * np.sum((a @ b.T) ** 2) / groups
-    assert_within(estimates, bound, "rows meet too often")
-    ungrouped = inner_products(a, b)
-    ratio = np.var(estimates) / np.var(ungrouped)
-    noise = np.hypot(variance_noise(estimates), variance_noise(ungrouped)) / np.var(ungrouped)
-    worst = 1 + 1 / GROUPS_PER_BUCKET
-    assert ratio < worst + 3 * noise, f"grouping makes the variance {ratio:.2f} times as large, stated is {worst}"
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_within_a_width_the_variance_is_that_of_one_hash_for_each_entry(kind: str) -> None:
     """Low rank adds nothing, where it triples that of a TensorSketch of independent rows and columns."""
@@ -133,15 +88,13 @@ def test_within_a_width_the_variance_is_that_of_one_hash_for_each_entry(kind: st
     assert_within(inner_products(a, b), squares / (WIDTH - 1), "rows or columns collide too often")
 
 
-def inner_products(a: np.ndarray, b: np.ndarray, *, row_bucketing: bool = False) -> np.ndarray:
+def inner_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Estimates of <a, b>, one for each seed."""
     values = torch.from_numpy(np.stack([a.ravel(), b.ravel()])).float()
     shape, device = a.shape, torch.device("cpu")
     estimates = []
     for seed in range(TRIALS):
-        hashes = DeviceHash.of_parameters(
-            {"w": shape}, width=WIDTH, seed=seed, checkpoint="a", device=device, row_bucketing=row_bucketing
-        )
+        hashes = DeviceHash.of_parameters({"w": shape}, width=WIDTH, seed=seed, checkpoint="a", device=device)
         sink = Sketches(hashes, 2, 1, width=WIDTH, layer_path="auto", device=device)
         sink.add("w", 0, Dense(values))
         sketches = sink.values[:, 0].double()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 @click.option(
     "--optimizer-aware", is_flag=True, help="Influence of a step of Adam, from its second moments at each checkpoint."
 )
-@click.option("--row-bucketing", is_flag=True, help="Merge rows of matrices of very many rows, such as a vocabulary's.")
 def build(
     task: str,
     task_arg: dict[str, Any],
@@ -38,7 +37,6 @@ def build(
     batch_size: int,
     device: str,
     optimizer_aware: bool,
-    row_bucketing: bool,
 ) -> None:
     """Sketches every training example at every step and checkpoint, and writes the index.
 
@@ -57,7 +55,6 @@ def build(
         batch_size=batch_size,
         device=device,
         optimizer_aware=optimizer_aware,
-        row_bucketing=row_bucketing,
     )
     click.echo(
         f"{index.path}: {index.num_examples:,} examples x {index.num_steps} steps, "
@@ -76,15 +73,12 @@ def build_index(
     batch_size: int,
     device: str,
     optimizer_aware: bool = False,
-    row_bucketing: bool = False,
 ) -> Index:
     """Loads the task and builds; ends the process with a message when it fails or is interrupted."""
     with needs("building needs the indexer", "indexer,cpu"):
         from loopsway import indexer
     try:
-        config = indexer.SketchConfig(
-            width=width, bits=bits, seed=seed, optimizer_aware=optimizer_aware, row_bucketing=row_bucketing
-        )
+        config = indexer.SketchConfig(width=width, bits=bits, seed=seed, optimizer_aware=optimizer_aware)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:

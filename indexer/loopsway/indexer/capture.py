@@ -209,21 +209,21 @@ class Capture:
         return out
 
     def _on_gradients(self, run: _Run, call: _Call, gradients: list[Tensor | None]) -> None:
-        first = next((each for each in gradients if each is not None), None)
-        slot = run.steps.slot(call.moment, outside=run.outside)
-        if first is None or slot is None or not first.numel():
-            return
-        if slot < run.steps.num_steps:
-            run.with_gradient.add(slot)
-        device = first.device.type
-        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with torch.no_grad(), torch._C.DisableTorchFunction(), autocast:
-            try:
-                owners = self._owners(run, call, first)
-            except MixedExamplesError as error:
-                raise self._mixed(call) from error
-            if owners is not None:
-                self._add(run, call, slot, gradients, owners)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            first = next((each for each in gradients if each is not None), None)
+            slot = run.steps.slot(call.moment, outside=run.outside)
+            if first is None or slot is None or not first.numel():
+                return
+            if slot < run.steps.num_steps:
+                run.with_gradient.add(slot)
+            device = first.device.type
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+                try:
+                    owners = self._owners(run, call, first)
+                except MixedExamplesError as error:
+                    raise self._mixed(call) from error
+                if owners is not None:
+                    self._add(run, call, slot, gradients, owners)
 
     def _owners(self, run: _Run, call: _Call, gradient: Tensor) -> Owners | None:
         """Whose the output's entries are; None while that is being traced, or once the call is done."""

@@ -63,9 +63,6 @@ class SketchConfig:
         seed: of every hash and of the rotation.
         layer_path: how linear layers are sketched. "auto" lets the planner choose for each layer; the others force
             one path. The two give the same sketch to rounding.
-        row_bucketing: hash the rows of a matrix of 5 x width rows or more, a vocabulary's for instance, into groups
-            that share a bucket and are summed before a gradient is multiplied out. Takes that matrix a fraction of the
-            time, makes another sketch, and adds up to a tenth to its error, a fifth in the worst case.
         optimizer_aware: scale every gradient entry by (sqrt(v) + optimizer_epsilon)^(-1/2), with Adam's second moment v
             at the checkpoint, so that influences are of an Adam step and not of plain SGD.
         optimizer_epsilon: Adam's.
@@ -75,7 +72,6 @@ class SketchConfig:
     bits: int = 1
     seed: int = 0
     layer_path: LayerPath = "auto"
-    row_bucketing: bool = False
     optimizer_aware: bool = False
     optimizer_epsilon: float = 1e-8
 
@@ -93,8 +89,6 @@ class SketchConfig:
             raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**64")
         if self.layer_path not in get_args(LayerPath):
             raise ValueError(f"layer_path is {self.layer_path!r}, expected one of {get_args(LayerPath)}")
-        if not isinstance(self.row_bucketing, bool):
-            raise TypeError(f"row_bucketing is {self.row_bucketing!r}, expected True or False")
         if not 0 < self.optimizer_epsilon < 1:
             raise ValueError(
                 f"optimizer_epsilon is {self.optimizer_epsilon}, expected 0 < epsilon < 1, such as Adam's 1e-8"

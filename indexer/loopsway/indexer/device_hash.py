@@ -1,6 +1,6 @@
 """A parameter's hash as tensors on the device of its gradients.
 
-B examples, T tokens, I inputs (columns), O outputs (rows), r row groups, W width.
+B examples, T tokens, I inputs (columns), O outputs (rows), W width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from .hashes import ParameterHash, parameter_hash
 
@@ -25,11 +24,8 @@ class DeviceHash:
         shape: (O, I); a vector is one row.
         rows: int64 [O] buckets. row_signs: [O].
         columns: int64 [I] buckets. column_signs: [I].
-        groups: r, or None if rows are not grouped.
         segments: slices of the columns that a row's runs are of, W columns each but the last.
         starts: for each segment, where the rows' runs start in a `RunAccumulator`, signs included, int64 [O].
-        group_buckets: int64 [r], of the groups; None if rows are not grouped.
-        group_starts: for each segment, where the groups' runs start, int64 [r]; empty if rows are not grouped.
     """
 
     @classmethod
@@ -41,13 +37,9 @@ class DeviceHash:
         seed: int,
         checkpoint: str,
         device: torch.device,
-        row_bucketing: bool = False,
     ) -> dict[str, DeviceHash]:
         """The hashes of parameters of these shapes, by name; `checkpoint` is part of their key."""
-        hashes = {
-            name: parameter_hash(seed, checkpoint, name, shape, width, row_bucketing=row_bucketing)
-            for name, shape in shapes.items()
-        }
+        hashes = {name: parameter_hash(seed, checkpoint, name, shape, width) for name, shape in shapes.items()}
         longest_run = max((min(width, len(hashed.column_buckets)) for hashed in hashes.values()), default=0)
         return {name: cls(hashed, device, longest_run) for name, hashed in hashes.items()}
 
@@ -61,23 +53,3 @@ class DeviceHash:
         self.segments = [slice(start, start + self.width) for start in range(0, self.shape[1], self.width)]
         buckets = [(self.rows + self.columns[segment.start]) & (self.width - 1) for segment in self.segments]
         self.starts = [starts + (self.width + longest_run) * (self.row_signs < 0) for starts in buckets]
-        self.groups = hashed.row_groups if hashed.row_groups < len(self.rows) else None
-        self._shifts: list[int] = hashed.row_shifts.tolist()
-        # The first block of rows has one row of each group.
-        firsts = [part[: self.groups].roll(self._shifts[0]) for part in (self.rows, *buckets) if self.groups]
-        self.group_buckets, self.group_starts = (firsts[0], firsts[1:]) if firsts else (None, [])
-
-    def group_rows(self, left: Tensor) -> Tensor:
-        """Sums of each group's rows of output gradients, with the rows' signs: [B, T, O] gives [B, T, r]."""
-        assert self.groups is not None
-        groups, outputs = self.groups, left.shape[2]
-        sums = left.new_zeros(*left.shape[:2], groups)
-        for block, shift in enumerate(self._shifts):
-            first = block * groups
-            wrap = first + groups - shift  # this row and those after it begin again at group 0
-            for start, stop, group in ((first, wrap, shift), (wrap, first + groups, 0)):
-                rows = slice(start, min(stop, outputs))
-                if rows.start < rows.stop:
-                    part = sums[:, :, group : group + rows.stop - rows.start]
-                    part.addcmul_(left[:, :, rows], self.row_signs[rows])
-        return sums

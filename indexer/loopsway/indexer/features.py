@@ -149,7 +149,6 @@ def fingerprint(
         "construction": CONSTRUCTION,
         "width": config.width,
         "seed": config.seed,
-        "row_bucketing": config.row_bucketing,
         "optimizer": config.optimizer_epsilon if config.optimizer_aware else None,
         "loop": loop.to_dict(),
         "parameters": {name: list(shape) for name, shape in parameters.items()},

@@ -17,16 +17,6 @@ keep the estimate unbiased. So for a matrix of at most W rows and W / 2 columns
 that of a CountSketch of all entries by independent hashes (Charikar, Chen and Farach-Colton 2002); TensorSketch with
 independent rows and columns (Pham and Pagh 2013) has 2 |A^T B|^2 + 2 |A B^T|^2 beside it, twice as much again for
 gradients of low rank. What lies beyond a chunk or a segment collides as independent hashes do.
-
-Row bucketing (optional) puts the R rows of a matrix into r groups that share a bucket; signs stay per row. So rows can
-be summed, with their signs, before an outer product is multiplied out. Row q r + j, with 0 <= j < r, is in group
-(j + row_shifts[q]) mod r: rows of a block q never meet, rows of two blocks do with probability 1/r, as if drawn one by
-one, and a block is summed as two shifted runs. Two entries of one column then collide with probability 1/r + 1/W at
-most, any others at 1/W still, and the estimate stays unbiased, with 2 |A B^T|^2 (1/W + 1/r) more variance.
-
-|A B^T|^2 is |A|^2 |B|^2 / C when rows point anywhere, but up to |A|^2 |B|^2 when activations point in few directions,
-as those of transformers do: so few groups that r C = 4 W made the error of real gradients 1.7 to 5 times as large. So r
-is GROUPS_PER_BUCKET W, however many the columns, and only matrices of many rows (a vocabulary's) are grouped.
 """
 
 from __future__ import annotations
@@ -38,8 +28,6 @@ import numpy as np
 
 CONSTRUCTION = 2
 
-GROUPS_PER_BUCKET = 2.5  # r / W; part of the construction
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParameterHash:
@@ -50,8 +38,6 @@ class ParameterHash:
         row_signs: float32 [R], -1 or +1.
         column_buckets: int64 [C], from 0 to width - 1.
         column_signs: float32 [C], -1 or +1.
-        row_shifts: int64 [ceil(R / row_groups)], of each block of rows; zero without row bucketing.
-        row_groups: r, or R without row bucketing.
         width: number of buckets, a power of two.
     """
 
@@ -59,8 +45,6 @@ class ParameterHash:
     row_signs: np.ndarray
     column_buckets: np.ndarray
     column_signs: np.ndarray
-    row_shifts: np.ndarray
-    row_groups: int
     width: int
 
 
@@ -71,15 +55,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return 1, int(np.prod(shape, dtype=np.int64))
 
 
-def row_groups(rows: int, width: int) -> int:
-    """Into how many groups row bucketing puts the rows; as many as there are rows where it would not halve them."""
-    groups = int(GROUPS_PER_BUCKET * width)
-    return groups if 2 * groups <= rows else rows
-
-
-def parameter_hash(
-    seed: int, checkpoint: str, parameter: str, shape: tuple[int, ...], width: int, *, row_bucketing: bool = False
-) -> ParameterHash:
+def parameter_hash(seed: int, checkpoint: str, parameter: str, shape: tuple[int, ...], width: int) -> ParameterHash:
     """The hash of one parameter at one checkpoint; the same arguments always give the same arrays."""
     rows, columns = matrix_shape(shape)
     chunks = -(-rows // width)
@@ -89,21 +65,11 @@ def parameter_hash(
     segment_of = np.arange(columns) // width
     column_buckets = (_buckets(segment_starts, width)[segment_of] + np.arange(columns)) % width
     row_buckets = row_words.argsort(axis=1, kind="stable").ravel()[:rows]
-    groups = row_groups(rows, width) if row_bucketing else rows
-    row_shifts = np.zeros(1, np.int64)
-    if groups < rows:
-        blocks = -(-rows // groups)
-        row_shifts = (_words(seed, checkpoint, parameter, "row shifts", count=blocks) % np.uint64(groups)).astype(
-            np.int64
-        )
-        row_buckets = row_buckets[:groups][(np.arange(rows) + row_shifts.repeat(groups)[:rows]) % groups]
     return ParameterHash(
         row_buckets=row_buckets,
         row_signs=_signs(_words(seed, checkpoint, parameter, "row signs", count=rows)),
         column_buckets=column_buckets,
         column_signs=_signs(column_words),
-        row_shifts=row_shifts,
-        row_groups=groups,
         width=width,
     )
 

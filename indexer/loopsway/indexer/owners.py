@@ -38,7 +38,8 @@ class Axis:
         size = values.shape[self.axis] // batch
         if self.minor:
             return values.unflatten(self.axis, (size, batch)).movedim(self.axis + 1, 0)
-        return values.unflatten(self.axis, (batch, size)).movedim(self.axis, 0)
+        values = values.unflatten(self.axis, (batch, size))
+        return values.movedim(self.axis, 0) if self.axis else values
 
     def expected(self, shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
         """The owner of each entry, broadcastable to `shape`."""

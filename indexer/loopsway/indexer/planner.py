@@ -1,6 +1,6 @@
 """Prices the ways to sketch a gradient, picks a linear layer's, and keeps what each parameter took.
 
-B examples, T tokens, I inputs, O outputs, r row groups, W width.
+B examples, T tokens, I inputs, O outputs, W width.
 
 Nanoseconds on one core of a 2023 x86 server, by tests/benchmarks/bench_planner.py. They are constants so that the same
 index takes the same paths everywhere.
@@ -15,7 +15,6 @@ from .config import LayerPath
 MULTIPLY_ADD_NS = 0.015  # one multiply-add of a batched matmul
 SCATTER_NS = 0.7  # one entry of a product, written and added to the sketch as part of a run
 SIGN_NS = 0.25  # one entry of an activation multiplied by its column's sign
-GROUP_NS = 0.8  # one entry of an output gradient added to its row group
 FFT_NS = 0.19  # one of W log2 W of a token's sketch, FFT and product
 BUCKET_NS = 1.5  # one entry of a token added to its own bucket, before the FFT
 
@@ -25,8 +24,7 @@ class PathCost:
     """What one parameter's gradients took.
 
     Attributes:
-        path: "product", "product, r row groups", "fourier", "rows" (of a table) or "dense"; several are joined by
-            " + ".
+        path: "product", "fourier", "rows" (of a table) or "dense"; several are joined by " + ".
         calls: gradients added.
         expected_ns: by the planner's prices.
         measured_s: seconds by the clock; None on a GPU, which works on after the call.
@@ -46,18 +44,15 @@ class PathCost:
             self.measured_s = (self.measured_s or 0.0) + measured_s
 
 
-def choose_path(tokens: int, outputs: int, inputs: int, width: int, groups: int | None = None) -> LayerPath:
-    """The cheaper path of an outer product, by its shapes alone; groups=None: rows are not grouped."""
-    product = product_ns(tokens, outputs, inputs, groups)
+def choose_path(tokens: int, outputs: int, inputs: int, width: int) -> LayerPath:
+    """The cheaper path of an outer product, by its shapes alone."""
+    product = product_ns(tokens, outputs, inputs)
     return "product" if product <= fourier_ns(tokens, outputs, inputs, width) else "fourier"
 
 
-def product_ns(tokens: int, outputs: int, inputs: int, groups: int | None = None) -> float:
+def product_ns(tokens: int, outputs: int, inputs: int) -> float:
     """Of one example."""
-    rows, grouping = outputs, 0.0
-    if groups is not None and groups < outputs:
-        rows, grouping = groups, tokens * outputs * GROUP_NS
-    return grouping + tokens * inputs * SIGN_NS + rows * inputs * (tokens * MULTIPLY_ADD_NS + SCATTER_NS)
+    return tokens * inputs * SIGN_NS + outputs * inputs * (tokens * MULTIPLY_ADD_NS + SCATTER_NS)
 
 
 def fourier_ns(tokens: int, outputs: int, inputs: int, width: int) -> float:

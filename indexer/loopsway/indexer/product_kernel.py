@@ -10,7 +10,6 @@ has not been measured on a GPU, and its tile sizes are a guess.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,10 +29,6 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash, sc
         hashed: of the parameter.
         scale: [O, I], or None for ones.
     """
-    row_buckets, row_signs = hashed.rows, hashed.row_signs
-    if hashed.groups is not None and scale is None:
-        left, row_buckets = hashed.group_rows(left), hashed.group_buckets
-        row_signs = torch.ones_like(row_signs[: hashed.groups])
     left, right = left.contiguous(), right.contiguous()
     (batch, tokens, outputs), inputs = left.shape, right.shape[2]
     assert out.stride(1) == 1
@@ -42,8 +37,8 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash, sc
         out,
         left,
         right,
-        row_buckets,
-        row_signs,
+        hashed.rows,
+        hashed.row_signs,
         hashed.columns,
         hashed.column_signs,
         right if scale is None else scale.contiguous(),  # without a scale, not read

@@ -1,14 +1,14 @@
 """Adds per-example gradients into one sketch for each (example, step): TensorSketch and CountSketch, fused.
 
-B examples, T tokens, S steps, I inputs, O outputs, r row groups, W width, F = W/2 + 1 frequencies.
+B examples, T tokens, S steps, I inputs, O outputs, W width, F = W/2 + 1 frequencies.
 
 Every parameter of the loop body is sketched by its own hash into the same W buckets and the sketches are added
 (Pham and Pagh 2013; Charikar, Chen and Farach-Colton 2002), so that inner products of two fused sketches estimate
 the inner product of the whole gradients. An outer product sum_t g_t a_t^T is sketched by one of two paths that
 agree to rounding:
 
-- product: multiply g^T a out, tile by tile, and add its rows into their buckets. Costs T I O + I O; or T I r + I r, if
-  the hash groups rows, which are then summed first. The one path on which entries can be scaled.
+- product: multiply g^T a out, tile by tile, and add its rows into their buckets. Costs T I O + I O, whatever W. The one
+  path on which entries can be scaled.
 - Fourier: FFT(sketch of g_t) * FFT(sketch of a_t), summed over t, one inverse FFT. Costs about T W log W.
 
 This file knows no modules and no loop.
@@ -38,7 +38,7 @@ __all__ = ["DeviceHash", "ExactGradients", "GradientSink", "Sketches"]
 # megabytes, allocators hand out fresh pages, which cost as much to touch as a product's entries to compute.
 TILE_BYTES = 8 << 20
 # Of a product: it stays in the cache until it is added. All rows of few examples multiply faster than few rows of all.
-PRODUCT_BYTES = 2 << 20
+PRODUCT_BYTES = 4 << 20
 
 
 class GradientSink(Protocol):
@@ -134,10 +134,9 @@ class Sketches:
         self, step: int, left: Tensor, right: Tensor, hashed: DeviceHash, scale: Tensor | None
     ) -> tuple[str, float]:
         (_, tokens, outputs), inputs = left.shape, right.shape[2]
-        groups = hashed.groups if scale is None else None  # rows of a group are scaled apart
         path = self._layer_path
         if path == "auto":
-            path = "product" if scale is not None else choose_path(tokens, outputs, inputs, self._width, groups)
+            path = choose_path(tokens, outputs, inputs, self._width) if scale is None else "product"
         if path == "fourier":
             _add_by_fourier(self._values[:, step], left, right, hashed)
             return path, fourier_ns(tokens, outputs, inputs, self._width)
@@ -147,7 +146,7 @@ class Sketches:
             add_product(self._values[:, step], left, right, hashed, scale)
         else:
             _add_by_product(self._runs, left, right, hashed, scale)
-        return path if groups is None else f"{path}, {groups} row groups", product_ns(tokens, outputs, inputs, groups)
+        return path, product_ns(tokens, outputs, inputs)
 
 
 def _add_dense(runs: RunAccumulator, values: Tensor, start: int, hashed: DeviceHash, scale: Tensor | None) -> None:
@@ -183,9 +182,6 @@ def _add_by_product(
     runs: RunAccumulator, left: Tensor, right: Tensor, hashed: DeviceHash, scale: Tensor | None
 ) -> None:
     """Multiplies g^T a out for a tile of examples and rows at a time; a layer's [B, O, I] is never held at once."""
-    starts = hashed.starts
-    if hashed.groups is not None and scale is None:
-        left, starts = hashed.group_rows(left), hashed.group_starts
     (batch, _, outputs), inputs = left.shape, right.shape[2]
     scratch = runs.scratch(PRODUCT_BYTES // 4)
     tile = min(outputs, max(1, len(scratch) // inputs))  # rows of a tile
@@ -200,7 +196,7 @@ def _add_by_product(
             torch.bmm(left[examples, :, rows].transpose(1, 2), signed, out=product)
             if scale is not None:
                 product *= scale[rows]
-            for segment, row_starts in zip(hashed.segments, starts, strict=True):
+            for segment, row_starts in zip(hashed.segments, hashed.starts, strict=True):
                 runs.add(row_starts[rows], product[:, :, segment], examples)
 
 

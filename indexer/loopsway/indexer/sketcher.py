@@ -79,7 +79,6 @@ class StepSketcher:
                 seed=self.config.seed,
                 checkpoint=self._checkpoint.name,
                 device=self._device,
-                row_bucketing=self.config.row_bucketing,
             )
 
     @property

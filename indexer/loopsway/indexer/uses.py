@@ -102,10 +102,8 @@ class Use:
             ValueError: it was changed in place since.
         """
         assert self.leaves is not None
-        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        if any(
-            leaf is value and leaf._version != version for leaf, version in zip(tensors, self.versions, strict=True)
-        ):
+        place = next((at for at, leaf in enumerate(self.leaves) if leaf is value), None)
+        if place is not None and value._version != self.versions[place]:
             raise ValueError(
                 f"an input of {self.name}() was changed in place after the call; the parameter's gradient is lost: "
                 "write the change without the underscore"
@@ -254,7 +252,7 @@ class Uses(TorchFunctionMode):
             return out
         assert use.leaves is not None
         use.shape = first.shape
-        use.versions = tuple(leaf._version for leaf in use.leaves if isinstance(leaf, Tensor))
+        use.versions = tuple(leaf._version if isinstance(leaf, Tensor) else 0 for leaf in use.leaves)
         device = first.device.type
         use.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return self._on_use(use, out)
