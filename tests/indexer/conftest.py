@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 
+from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT
 from looped import LoopedTask
 from loopsway.indexer import Index, SketchConfig, build_index
-
-CONFIG = SketchConfig(width=256, bits=1)
-COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
 
 
 def build(path: Path, task: LoopedTask | None = None, config: SketchConfig = CONFIG, **arguments: Any) -> Index:
     arguments = {"block_rows": BLOCK_ROWS, "batch_size": BATCH_SIZE, "progress": False, **arguments}
     return build_index(task or LoopedTask(count=COUNT), path, config, **arguments)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of the arrays, and the examples."""
+    files = [*path.rglob("arrays.zarr/**/*"), *path.rglob("*.parquet")]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files if file.is_file()}
 
 
 @pytest.fixture(scope="session")

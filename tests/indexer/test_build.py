@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,13 @@ import pytest
 import torch
 import zarr
 
+from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT
 from looped import InjectedModel, LoopedTask, make_model
 from loopsway.indexer import (
     Checkpoint,
     ExampleSketcher,
     IndexDamagedError,
     IndexExistsError,
-    IndexNotFoundError,
     SketchConfig,
     TaskError,
     open_index,
@@ -28,13 +25,7 @@ from loopsway.indexer import (
 from loopsway.indexer.build import _block_rows
 from loopsway.indexer.coding import encode, rotate
 
-from .conftest import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT, build
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """Every file of the arrays, and the examples."""
-    files = [*path.rglob("arrays.zarr/**/*"), *path.rglob("examples.parquet")]
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files if file.is_file()}
+from .conftest import build, contents
 
 
 def test_the_arrays_are_what_the_sketcher_gives(whole_index: Path) -> None:
@@ -72,96 +63,9 @@ def test_an_index_says_what_it_holds(whole_index: Path) -> None:
     assert table.column_names == ["id", "description", "metadata"]
 
 
-KILLED = """
-import os, signal, sys
-from looped import LoopedTask
-from loopsway.indexer import SketchConfig, build_index
-
-class Killed(LoopedTask):
-    calls = 0
-    def collate(self, examples):
-        Killed.calls += 1
-        if Killed.calls > int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().collate(examples)
-
-build_index(Killed(count=50), sys.argv[1], SketchConfig(width=256, bits=1), block_rows=16, batch_size=8, progress=False)
-"""
-
-
-def killed_build(path: Path, batches: int) -> None:
-    command = [sys.executable, "-c", KILLED, str(path), str(batches)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("batches", [1, 4, 6])
-def test_a_killed_build_finishes_to_the_same_bytes(whole_index: Path, tmp_path: Path, batches: int) -> None:
-    """One batch is the probe, a block has two: killed before the first block, inside the second, inside the third."""
-    path = tmp_path / "killed.index"
-    killed_build(path, batches)
-    with pytest.raises(IndexNotFoundError, match="unfinished: run the same `loopsway build` again"):
-        open_index(path)
-    log = next(path.rglob("plan.json")).parent / "blocks.jsonl"
-    finished = log.read_text().splitlines() if log.exists() else []
-    assert len(finished) == {1: 0, 4: 1, 6: 2}[batches]
-    with log.open("a") as torn:
-        torn.write('{"block": 3, "num_ro')
-    seen = count_batches(path)
-    assert seen == 1 + 7 - 2 * len(finished), "a finished block was computed again"
-    assert contents(path) == contents(whole_index)
-    assert not list(path.rglob("*.partial"))
-
-
-def count_batches(path: Path) -> int:
-    class Counting(LoopedTask):
-        calls = 0
-
-        def collate(self, examples: Any) -> Any:
-            self.calls += 1
-            return super().collate(examples)
-
-    task = Counting(count=COUNT)
-    build(path, task)
-    return task.calls
-
-
-def test_an_interrupted_build_keeps_its_finished_blocks_and_its_batches(whole_index: Path, tmp_path: Path) -> None:
-    class Interrupted(LoopedTask):
-        calls = 0
-
-        def collate(self, examples: Any) -> Any:
-            self.calls += 1
-            if self.calls == 5:
-                raise KeyboardInterrupt
-            return super().collate(examples)
-
-    path = tmp_path / "interrupted.index"
-    with pytest.raises(KeyboardInterrupt):
-        build(path, Interrupted(count=COUNT))
-    build(path, batch_size=5, block_rows=32, task_spec="elsewhere.py:Same")
-    assert contents(path) == contents(whole_index)
-
-
 @pytest.mark.parametrize(("count", "rows"), [(1, 128), (1789, 128), (3000, 256), (20_000, 2048), (10**7, 2048)])
 def test_a_small_index_has_small_blocks_so_that_a_cut_build_loses_little(count: int, rows: int) -> None:
     assert _block_rows(count) == rows
-
-
-def test_a_cut_during_publication_is_made_good(
-    whole_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "cut.index"
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "loopsway.indexer.publication.Manifest.write", lambda *_: (_ for _ in ()).throw(OSError("full"))
-        )
-        with pytest.raises(OSError, match="full"):
-            build(path)
-    with pytest.raises(IndexNotFoundError, match="unfinished"):
-        open_index(path)
-    assert count_batches(path) == 1, "blocks were computed again"
-    assert contents(path) == contents(whole_index)
 
 
 def test_a_finished_build_is_opened_as_it_is(copied: Path) -> None:
@@ -190,11 +94,14 @@ def test_a_path_that_holds_something_else_is_refused(copied: Path, change: Any, 
     assert contents(copied) == before
 
 
-def test_a_damaged_block_log_stops_the_build_that_would_go_on_from_it(copied: Path) -> None:
+@pytest.mark.parametrize("name", ["plan.json", "blocks/000001.json"])
+def test_a_build_does_not_go_on_from_a_damaged_entry(copied: Path, name: str) -> None:
     (copied / "manifest.json").unlink()
-    log = next(copied.glob("generations/*/blocks.jsonl"))
-    log.write_text("nonsense\n" + log.read_text())
-    with pytest.raises(IndexDamagedError, match=r"block log .* is damaged"):
+    file = next(copied.glob(f"generations/*/{name}"))
+    file.write_text(file.read_text().replace("1", "2", 1))
+    with pytest.raises(
+        IndexDamagedError, match=rf"{Path(name).name} is damaged: its content does not match its digest"
+    ):
         build(copied)
 
 

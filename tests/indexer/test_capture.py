@@ -236,7 +236,7 @@ def test_an_input_changed_in_place_is_an_error() -> None:
     ("change", "text"),
     [
         (lambda values: values.mean(), r"gave \(\), expected one loss for each example"),
-        (lambda values: values / torch.tensor([1.0, 0.0] + [1.0] * 5), r"examples \[1\] of the batch are not finite"),
+        (lambda values: values / torch.tensor([1.0, 0.0] + [1.0] * 5), r"examples \[1\] of the batch is not finite"),
         (lambda values: values.detach(), "depend on no step"),
     ],
 )

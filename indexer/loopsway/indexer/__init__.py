@@ -4,31 +4,40 @@ The data's way: Task -> capture (activations and output gradients, by step) -> s
 (Zarr blocks) -> search (FAISS) -> index. Nothing here knows gRPC.
 """
 
-from .build import build_index
+from .blocks import NonFiniteExampleError
+from .build import StorageError, build_index
 from .config import Checkpoint, Loop, SketchConfig
 from .features import ExampleSketcher
 from .index import Index, UnknownExampleError, open_index
+from .lock import IndexLockedError
 from .manifest import IndexDamagedError, IndexExistsError, IndexNotFoundError
 from .plan import PlanEntry
 from .ranking import Example, Influencers, Ranked, Ranking
 from .sketcher import StepSketcher
+from .stopping import StoppedError
 from .task import Task, TaskError, is_shipped, load_task
+from .verification import Damage, verify_index
 
 __all__ = [
     "Checkpoint",
+    "Damage",
     "Example",
     "ExampleSketcher",
     "Index",
     "IndexDamagedError",
     "IndexExistsError",
+    "IndexLockedError",
     "IndexNotFoundError",
     "Influencers",
     "Loop",
+    "NonFiniteExampleError",
     "PlanEntry",
     "Ranked",
     "Ranking",
     "SketchConfig",
     "StepSketcher",
+    "StoppedError",
+    "StorageError",
     "Task",
     "TaskError",
     "UnknownExampleError",
@@ -36,4 +45,5 @@ __all__ = [
     "is_shipped",
     "load_task",
     "open_index",
+    "verify_index",
 ]

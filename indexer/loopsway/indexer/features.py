@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import Checkpoint, Loop, SketchConfig
 from .hashes import CONSTRUCTION
+from .losses import NonFiniteError, check_finite
 from .plan import PlanEntry
 from .sketcher import StepSketcher
 from .task import Task, TaskError
@@ -95,14 +96,17 @@ class ExampleSketcher:
         """Sketches of these examples, in batches of at most `batch_size`.
 
         Raises:
-            ValueError: an example's loss is not finite, or examples ran different numbers of steps.
+            NonFiniteError: an example's loss or gradient is not finite.
+            ValueError: examples ran different numbers of steps.
         """
         if not examples:
             raise ValueError("no examples to sketch; give at least one")
-        parts = [
-            self._sketch_batch(examples[start : start + self.batch_size])
-            for start in range(0, len(examples), self.batch_size)
-        ]
+        parts = []
+        for start in range(0, len(examples), self.batch_size):
+            try:
+                parts.append(self._sketch_batch(examples[start : start + self.batch_size]))
+            except NonFiniteError as error:
+                raise NonFiniteError([start + place for place in error.positions], error.reason) from error
         steps = {part.values.shape[1] for part in parts}
         if len(steps) > 1:
             raise ValueError(f"examples of one call ran different numbers of steps, {sorted(steps)}: fix the task's "
@@ -120,10 +124,14 @@ class ExampleSketcher:
         total: Tensor | None = None
         losses, silent = [], []
         for checkpoint, sketcher in zip(self.checkpoints, self._sketchers, strict=True):
-            captured = sketcher.run(self._task.losses, batch)
+            try:
+                captured = sketcher.run(self._task.losses, batch)
+                values = captured.values
+                check_finite(values)
+            except NonFiniteError as error:
+                raise NonFiniteError(error.positions, f"{error.reason} at checkpoint {checkpoint.name!r}") from error
             if len(captured.losses) != len(examples):
                 raise TaskError(f"losses gave {len(captured.losses)} values for {len(examples)} examples")
-            values = captured.values
             if total is not None and total.shape != values.shape:
                 raise ValueError(
                     f"checkpoint {checkpoint.name!r} ran {values.shape[1]} steps, {self.checkpoints[0].name!r} ran "

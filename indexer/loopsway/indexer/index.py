@@ -25,7 +25,7 @@ from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
 from .search import Slot, inner_products, open_slots
 from .store import Generation
 
-EXAMPLES, FAISS_FOLDER, RECALL = "examples.parquet", "faiss", "recall.json"
+EXAMPLES, SKIPPED, FAISS_FOLDER, RECALL = "examples.parquet", "skipped.parquet", "faiss", "recall.json"
 
 TrajectoryResolve = Resolve | Literal["step_matrix"]
 
@@ -75,6 +75,11 @@ class Index:
     @property
     def num_examples(self) -> int:
         return self.manifest.plan.num_examples
+
+    @property
+    def num_skipped(self) -> int:
+        """How many of them had no finite loss or gradient and are in no answer."""
+        return self.manifest.num_skipped
 
     @property
     def num_steps(self) -> int:
@@ -146,6 +151,12 @@ class Index:
         """What the build measured of its FAISS indices against a reading of every code."""
         return json.loads((self._folder / RECALL).read_text(encoding="utf-8"))
 
+    @cached_property
+    def skipped(self) -> dict[str, str]:
+        """Ids of the skipped examples, and what is not finite of each."""
+        table = pyarrow.parquet.read_table(self._folder / SKIPPED)
+        return dict(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
     def changed_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         """Names of those whose files are not the ones that the index was built from."""
         built, now = self.manifest.plan.checkpoint_digests, checkpoint_digests(checkpoints)
@@ -180,6 +191,10 @@ class Index:
             raise UnknownExampleError(
                 f"example {example_id!r} is not among the {self.num_examples} of index {self.name}; its ids look like "
                 f"{self._examples['id'][0].as_py()!r}"
+            )
+        if self.num_skipped and example_id in self.skipped:
+            raise UnknownExampleError(
+                f"example {example_id!r} was skipped when index {self.name} was built: its {self.skipped[example_id]}"
             )
         return row
 

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .config import Checkpoint, Loop, SketchConfig
-from .files import file_digest, write_json
+from .files import SealError, file_digest, read_sealed, write_sealed
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 3
+MANIFEST, PLAN = "manifest.json", "plan.json"
 
 
 class IndexNotFoundError(FileNotFoundError):
@@ -37,7 +36,8 @@ class Plan:
     Attributes:
         fingerprint: of the sketches; a query must have the same.
         parameters: names and shapes of what is attributed to.
-        examples_digest: of all example ids, in order.
+        examples_digest: of all examples in order, their ids and what `collate` makes of each.
+        task_code: digest of the files that define the task's class, for a build that goes on.
         checkpoint_digests: of the checkpoints' files, by checkpoint name, for those that name a file.
         block_rows: rows of a block, which owns whole chunks.
     """
@@ -52,6 +52,7 @@ class Plan:
     num_examples: int
     num_steps: int
     examples_digest: str
+    task_code: str
     checkpoint_digests: Mapping[str, str]
     batch_size: int
     block_rows: int
@@ -83,17 +84,18 @@ class Plan:
         made["parameters"] = {name: tuple(shape) for name, shape in data["parameters"].items()}
         return cls(**made)
 
-    def differences(self, other: Plan) -> list[str]:
+    def differences(self, other: Plan, *, with_code: bool) -> list[str]:
         """What the two plans say differently about the index's content, as text `name: mine -> other's`.
 
-        How the task was named, where its checkpoints lie and how examples were batched are not content.
+        How the task was named, where its checkpoints lie and how examples were batched are not content. The task's
+        code is, while blocks of one index are still being made.
         """
-        mine, theirs = self._content(), other._content()
+        mine, theirs = self._content(with_code), other._content(with_code)
         return [f"{name}: {mine[name]} -> {theirs[name]}" for name in mine if mine[name] != theirs[name]]
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, with_code: bool) -> dict[str, Any]:
         data = self.to_dict()
-        for name in ("task_spec", "task_arguments", "batch_size", "block_rows"):
+        for name in ("task_spec", "task_arguments", "batch_size", "block_rows", *(() if with_code else ("task_code",))):
             del data[name]
         data["checkpoints"] = [(each.name, each.learning_rate) for each in self.checkpoints]
         return data
@@ -107,7 +109,8 @@ class Manifest:
         generation: number of the folder that holds it, from 1.
         created_at: when it was published, ISO 8601, UTC.
         steps_without_gradient: steps whose sketches are zero because training cut them off from the loss.
-        mean_losses: of all examples, at each checkpoint.
+        mean_losses: of all examples but the skipped ones, at each checkpoint.
+        num_skipped: examples without a finite loss or gradient; their rows are zeros.
         sketching: how each parameter was sketched in the last batch, as `PlanEntry.to_dict` gives it.
         files: size in bytes and digest of each file written once the blocks were, by path within the generation.
     """
@@ -117,12 +120,13 @@ class Manifest:
     created_at: str
     steps_without_gradient: tuple[int, ...]
     mean_losses: tuple[float, ...]
+    num_skipped: int
     sketching: tuple[dict[str, Any], ...]
     files: Mapping[str, Mapping[str, Any]]
 
     def write(self, path: Path) -> None:
         data = {each.name: getattr(self, each.name) for each in fields(self)}
-        write_json(path / MANIFEST, {"format_version": FORMAT_VERSION, **data, "plan": self.plan.to_dict()})
+        write_sealed(path / MANIFEST, {"format_version": FORMAT_VERSION, **data, "plan": self.plan.to_dict()})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -133,12 +137,7 @@ class Manifest:
             IndexDamagedError: it can't be read, or has another format version.
         """
         data = _read_manifest(path)
-        version = data.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise IndexDamagedError(
-                f"index {path} has format version {version}, this Loopsway reads {FORMAT_VERSION}; rebuild the index, "
-                "or open it with the Loopsway that wrote it"
-            )
+        _check_version(path, data.pop("format_version", None))
         try:
             data["plan"] = Plan.from_dict(data["plan"])
             for name in ("steps_without_gradient", "mean_losses", "sketching"):
@@ -156,15 +155,22 @@ def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return read_sealed(path / MANIFEST)
     except FileNotFoundError:
         if (path / "generations").is_dir():
             raise IndexNotFoundError(
                 f"index {path} is unfinished: run the same `loopsway build` again, it goes on where it was"
             ) from None
         raise IndexNotFoundError(f"there is no index at {path}; make one with `loopsway build --out {path}`") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except SealError as error:
+        if isinstance(error.data, dict) and "format_version" in error.data:
+            _check_version(path, error.data["format_version"])  # of a version without digests, perhaps
         raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
-    if not isinstance(data, dict):
-        raise IndexDamagedError(f"the manifest of index {path} is damaged: it is no JSON object; rebuild the index")
-    return data
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise IndexDamagedError(
+            f"index {path} has format version {version}, this Loopsway reads {FORMAT_VERSION}; rebuild the index, or "
+            "open it with the Loopsway that wrote it"
+        )

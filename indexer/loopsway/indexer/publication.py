@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 
 from .files import file_digest, sync, write_json
-from .index import EXAMPLES, FAISS_FOLDER, RECALL
+from .index import EXAMPLES, FAISS_FOLDER, RECALL, SKIPPED
 from .manifest import Manifest
 from .progress import BuildProgress
 from .search import Slot, open_slots
-from .store import Generation
+from .stopping import Stop
+from .store import ARRAYS, Generation, Skipped
 
 RECALL_QUERIES, RECALL_K = 16, 10
 ROWS_OF_A_QUERY = 8
 
 
-def publish(path: Path, generation: Generation, sketching: Sequence[dict[str, Any]], bars: BuildProgress) -> None:
+def publish(
+    path: Path, generation: Generation, sketching: Sequence[dict[str, Any]], bars: BuildProgress, stop: Stop
+) -> None:
     """Builds what search needs from the stored blocks and publishes the index. Begun again, it starts over.
 
     Args:
@@ -28,6 +33,10 @@ def publish(path: Path, generation: Generation, sketching: Sequence[dict[str, An
         generation: with all blocks written and the examples' table beside them.
         sketching: how each parameter was sketched, for the manifest.
         bars: for progress.
+        stop: looked at after each FAISS index.
+
+    Raises:
+        StoppedError: a signal asked it to stop.
     """
     folder = generation.path / FAISS_FOLDER
     folder.mkdir(exist_ok=True)
@@ -39,6 +48,9 @@ def publish(path: Path, generation: Generation, sketching: Sequence[dict[str, An
         recalls["total" if step is None else str(step)] = _recall(slot)
         slot.unload()
         bars.advance()
+        stop.raise_if_asked(
+            f"stopped as asked: all examples are stored in {path}; run the same command, which indexes them and is done"
+        )
     write_json(
         generation.path / RECALL,
         {
@@ -48,19 +60,23 @@ def publish(path: Path, generation: Generation, sketching: Sequence[dict[str, An
             "queries": f"{RECALL_QUERIES} random combinations of {ROWS_OF_A_QUERY} stored rows, and their opposites",
         },
     )
-    files = [generation.path / EXAMPLES, generation.path / RECALL, *sorted(folder.glob("*.faiss"))]
+    entries = generation.finished().values()
+    skipped = [each for entry in entries for each in entry.skipped]
+    _write_skipped(generation, skipped)
+    files = [generation.path / name for name in (EXAMPLES, SKIPPED, RECALL)]
+    files += [*sorted(folder.glob("*.faiss")), *sorted((generation.path / ARRAYS).rglob("zarr.json"))]
     for file in files:
         sync(file)
     sync(folder)
-    entries = generation.finished().values()
-    silent = [set(entry.steps_without_gradient) for entry in entries]
+    silent = [set(entry.steps_without_gradient) for entry in entries if len(entry.skipped) < entry.num_rows]
     sums = np.sum([entry.loss_sums for entry in entries], axis=0)
     Manifest(
         plan=generation.plan,
         generation=int(generation.path.name),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         steps_without_gradient=tuple(sorted(set.intersection(*silent))),
-        mean_losses=tuple((sums / generation.plan.num_examples).tolist()),
+        mean_losses=tuple((sums / (generation.plan.num_examples - len(skipped))).tolist()),
+        num_skipped=len(skipped),
         sketching=tuple(sketching),
         files={
             file.relative_to(generation.path).as_posix(): {
@@ -70,6 +86,14 @@ def publish(path: Path, generation: Generation, sketching: Sequence[dict[str, An
             for file in files
         },
     ).write(path)
+
+
+def _write_skipped(generation: Generation, skipped: Sequence[Skipped]) -> None:
+    """The skipped examples' rows, ids and reasons."""
+    rows = pa.array([each.row for each in skipped], pa.int64())
+    ids = pyarrow.parquet.read_table(generation.path / EXAMPLES, columns=["id"])["id"].take(rows)
+    reasons = pa.array([each.reason for each in skipped], pa.string())
+    pyarrow.parquet.write_table(pa.table({"row": rows, "id": ids, "reason": reasons}), generation.path / SKIPPED)
 
 
 def _recall(slot: Slot) -> float:

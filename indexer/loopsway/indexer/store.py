@@ -1,13 +1,13 @@
-"""The Zarr arrays of one generation, and the log of its finished blocks.
+"""The Zarr arrays of one generation, and the entries of its finished blocks.
 
 N rows (examples), S steps, K checkpoints, L stored values of a row.
 
     step_codes [S, N, L], total_codes [N, L]                chunks of one step and one block
     step_factors, step_norms [S, N]; total_* [N]; losses [K, N]   float32, chunks of one block, fill NaN
 
-A block of rows owns whole chunks, so no two writers share one. It is done when its line is durably in `blocks.jsonl`;
-chunks are written, and made durable, before. Chunks are uncompressed (sketches don't compress) with a CRC-32C at the
-end, so that rows can be read through a memory map.
+A block of rows owns whole chunks, so no two writers share one. It is done when its entry `blocks/NNNNNN.json` is there;
+chunks are written, and made durable, before. The entry holds a digest of each chunk. Chunks are uncompressed (sketches
+don't compress) with a CRC-32C at the end, so that rows can be read through a memory map.
 
 This file knows no model, no FAISS and no manifest.
 """
@@ -15,9 +15,7 @@ This file knows no model, no FAISS and no manifest.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,24 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from .coding import Codes, code_shape
-from .files import sync
+from .files import SealError, read_sealed, sync, write_sealed
 from .manifest import IndexDamagedError, Plan
 
 ARRAYS = "arrays.zarr"
-BLOCK_LOG = "blocks.jsonl"
+BLOCKS = "blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An example without a finite loss or gradient.
+
+    Attributes:
+        row: of the generation.
+        reason: what is not finite, and at which checkpoint.
+    """
+
+    row: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,14 +52,16 @@ class CodedExamples:
     Attributes:
         steps: codes of [n * S] rows, example after example.
         total: codes of [n] rows.
-        losses: [K, n].
+        losses: [K, n]; NaN for those that were skipped.
         steps_without_gradient: in every one of the examples.
+        skipped: those whose rows are zeros because their loss or gradient is not finite.
     """
 
     steps: Codes
     total: Codes
     losses: np.ndarray
     steps_without_gradient: tuple[int, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[CodedExamples]) -> CodedExamples:
@@ -58,18 +71,34 @@ class CodedExamples:
             total=Codes.joined([part.total for part in parts]),
             losses=np.concatenate([part.losses for part in parts], axis=1),
             steps_without_gradient=tuple(sorted(silent[0].intersection(*silent[1:]))),
+            skipped=tuple(each for part in parts for each in part.skipped),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEntry:
-    """A line of the block log."""
+    """What is kept of a finished block.
+
+    Attributes:
+        loss_sums: [K], of its examples without the skipped ones.
+        steps_without_gradient: in every one of the examples.
+        skipped: those whose rows are zeros.
+        digests: of the block's part of each array, by the chunk's path in `arrays.zarr`.
+    """
 
     block: int
     num_rows: int
-    loss_sums: list[float]
-    steps_without_gradient: list[int]
-    digest: str
+    loss_sums: tuple[float, ...]
+    steps_without_gradient: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+    digests: dict[str, str]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BlockEntry:
+        made = {**data, "skipped": tuple(Skipped(**each) for each in data["skipped"])}
+        for name in ("loss_sums", "steps_without_gradient"):
+            made[name] = tuple(data[name])
+        return cls(**made)
 
 
 class Generation:
@@ -105,7 +134,7 @@ class Generation:
                 group.create_array(name, shape=shape, chunks=chunks, compressors=[Crc32cCodec()], **kind)
 
     def write(self, block: int, coded: CodedExamples) -> None:
-        """Stores a block, durably, and then its line in the log."""
+        """Stores a block, durably, and then its entry."""
         rows, steps = self.plan.rows_of(block), self.plan.num_steps
         where, by_example = slice(rows.start, rows.stop), (len(rows), steps)
         written = {
@@ -117,43 +146,61 @@ class Generation:
             "total_norms": coded.total.norms,
             "losses": coded.losses,
         }
-        group, digest = self._group("r+"), hashlib.blake2b(digest_size=16)
+        group = self._group("r+")
         for name, values in written.items():
-            rows_at = (where,) if name.startswith("total") else (slice(None), where)
-            group[name][rows_at] = values
-            digest.update(np.ascontiguousarray(values).data)
-        for file in self._chunk_files(block):
-            sync(file)
-        self._log(
-            BlockEntry(
-                block=block,
-                num_rows=len(rows),
-                loss_sums=coded.losses.sum(1, dtype=np.float64).tolist(),
-                steps_without_gradient=list(coded.steps_without_gradient),
-                digest=digest.hexdigest(),
-            )
+            group[name][(where,) if name.startswith("total") else (slice(None), where)] = values
+        digests = {}
+        for chunk, name, part in self._parts(block):
+            digests[chunk] = _digest(written[name] if part is None else written[name][part])
+            sync(self.path / ARRAYS / chunk)
+        entry = BlockEntry(
+            block=block,
+            num_rows=len(rows),
+            loss_sums=tuple(np.nan_to_num(coded.losses).sum(1, dtype=np.float64).tolist()),
+            steps_without_gradient=coded.steps_without_gradient,
+            skipped=coded.skipped,
+            digests=digests,
         )
+        self.entry_file(block).parent.mkdir(exist_ok=True)
+        write_sealed(self.entry_file(block), asdict(entry))
 
     def finished(self) -> dict[int, BlockEntry]:
-        """Entries of the block log by block. A line cut off by a crash is dropped: its block is computed again.
+        """Entries of the finished blocks, by block.
 
         Raises:
-            IndexDamagedError: a whole line of it can't be read.
+            IndexDamagedError: one can't be read.
         """
-        log = self.path / BLOCK_LOG
-        if not log.exists():
-            return {}
-        text = log.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            os.truncate(log, len(whole.encode()))
+        blocks = (int(file.stem) for file in sorted((self.path / BLOCKS).glob("*.json")))
+        return {block: self.entry(block) for block in blocks}
+
+    def entry(self, block: int) -> BlockEntry:
+        """The entry of a finished block.
+
+        Raises:
+            IndexDamagedError: it is missing or can't be read.
+        """
         try:
-            entries = [BlockEntry(**json.loads(line)) for line in whole.splitlines()]
-        except (TypeError, ValueError) as error:
-            raise IndexDamagedError(
-                f"block log {log} is damaged: {error}; remove the index's folder and build again"
-            ) from error
-        return {entry.block: entry for entry in entries}
+            return BlockEntry.from_dict(read_sealed(self.entry_file(block)))
+        except (SealError, FileNotFoundError) as error:
+            raise IndexDamagedError(f"the entry of block {block} can't be read: {error}") from error
+
+    def damages(self, block: int) -> Iterator[tuple[Path, str]]:
+        """Reads a finished block whole; yields each chunk that is not what was written, and what is wrong with it."""
+        entry, rows = self.entry(block), self.plan.rows_of(block)
+        where, group = slice(rows.start, rows.stop), self._group("r")
+        for chunk, name, part in self._parts(block):
+            file = self.path / ARRAYS / chunk
+            at = (where,) if name.startswith("total") else (slice(None) if part is None else part, where)
+            if not file.is_file():
+                yield file, "is missing"
+                continue
+            try:
+                values = np.asarray(group[name][at])
+            except (OSError, KeyError, ValueError, RuntimeError) as error:
+                yield file, f"can't be read: {error}"
+                continue
+            if _digest(values) != entry.digests[chunk]:
+                yield file, "does not match its digest"
 
     def array(self, name: str) -> np.ndarray:
         """One of the small arrays (factors, norms, losses), whole.
@@ -168,6 +215,10 @@ class Generation:
         if np.isnan(values).any():
             raise IndexDamagedError(f"array {name} of {self.path} has rows that were never written")
         return values
+
+    def rows(self, name: str, rows: Sequence[int]) -> np.ndarray:
+        """Losses, factors or norms of some rows of finished blocks, [.., n]."""
+        return np.asarray(self._group("r")[name][..., : max(rows) + 1])[..., np.array(rows)]
 
     def codes(self, step: int | None, rows: np.ndarray) -> np.ndarray:
         """Codes of these rows of one step, or of the total where step is None; [n, L].
@@ -204,20 +255,27 @@ class Generation:
         return self._maps[key]
 
     def _code_file(self, step: int | None, block: int) -> Path:
-        arrays = self.path / ARRAYS
-        if step is None:
-            return arrays / "total_codes" / "c" / str(block) / "0"
-        return arrays / "step_codes" / "c" / str(step) / str(block) / "0"
+        return self.path / ARRAYS / _code_chunk(step, block)
 
-    def _chunk_files(self, block: int) -> list[Path]:
-        arrays, number = self.path / ARRAYS, str(block)
-        files = [self._code_file(step, block) for step in (None, *range(self.plan.num_steps))]
-        files += [arrays / name / "c" / "0" / number for name in ("step_factors", "step_norms", "losses")]
-        return [*files, *(arrays / name / "c" / number for name in ("total_factors", "total_norms"))]
+    def entry_file(self, block: int) -> Path:
+        return self.path / BLOCKS / f"{block:06d}.json"
 
-    def _log(self, entry: BlockEntry) -> None:
-        with (self.path / BLOCK_LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(asdict(entry)) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-        sync(self.path)
+    def _parts(self, block: int) -> Iterator[tuple[str, str, int | None]]:
+        """Of each chunk of a block: its path in the arrays, its array, and which step of it (None: the array has one
+        chunk for all steps).
+        """
+        for step in range(self.plan.num_steps):
+            yield _code_chunk(step, block), "step_codes", step
+        yield _code_chunk(None, block), "total_codes", None
+        for name in ("step_factors", "step_norms", "losses"):
+            yield f"{name}/c/0/{block}", name, None
+        for name in ("total_factors", "total_norms"):
+            yield f"{name}/c/{block}", name, None
+
+
+def _code_chunk(step: int | None, block: int) -> str:
+    return f"total_codes/c/{block}/0" if step is None else f"step_codes/c/{step}/{block}/0"
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).hexdigest()

@@ -1,0 +1,95 @@
+"""A task's examples as a table, and what tells whether they, or the task's code, have changed since a build began."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from .files import file_digest
+from .task import Task, TaskError
+
+
+def example_table(task: Task, count: int) -> pa.Table:
+    """Ids, descriptions and metadata of all examples.
+
+    Raises:
+        TaskError: two examples share an id, or what the task returned can't be a column.
+    """
+    ids = [task.example_id(row) for row in range(count)]
+    if len(set(ids)) < count:
+        twice = next(example_id for example_id, times in Counter(ids).items() if times > 1)
+        rows = [row for row, example_id in enumerate(ids) if example_id == twice]
+        raise TaskError(f"example id {twice!r} is that of rows {rows[:8]}; example_id must give each row its own")
+    columns: dict[str, Any] = {"id": ids, "description": [task.describe(row) for row in range(count)]}
+    if task.metadata(0):
+        columns["metadata"] = [dict(task.metadata(row)) for row in range(count)]
+    schema = {"id": pa.string(), "description": pa.string(), "metadata": None}
+    try:
+        return pa.table({name: pa.array(values, schema[name]) for name, values in columns.items()})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise TaskError(
+            f"the examples' {', '.join(columns)} can't be stored: {error}; example_id and describe must return text, "
+            "and each column of metadata values of one type (str, int, float, bool, or None)"
+        ) from error
+
+
+def examples_digest(task: Task, examples: Sequence[Any], ids: Sequence[str]) -> str:
+    """Of all examples in order: their ids, and the batch that `collate` makes of each one alone.
+
+    Whatever `collate` raises is passed on, with a note that names the example.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for row, example_id in enumerate(ids):
+        digest.update(example_id.encode() + b"\0")
+        try:
+            batch = task.collate([examples[row]])
+        except Exception as error:
+            error.add_note(f"collate raised this for example {example_id!r} (row {row}) alone")
+            raise
+        _update(digest, batch)
+    return digest.hexdigest()
+
+
+def code_digest(task: Task) -> str:
+    """Of the files that define the task's class and those that it derives from, but for Loopsway's own `Task`."""
+    files = set()
+    for cls in type(task).__mro__:
+        if cls not in (Task, *Task.__mro__):
+            try:
+                files.add(inspect.getsourcefile(cls))
+            except TypeError:  # made in an interpreter: it has no file
+                continue
+    digests = sorted(file_digest(Path(file)) for file in files if file is not None and Path(file).is_file())
+    return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    """Takes in a batch: tensors, arrays and plain values, in mappings, sequences and objects with attributes."""
+    match value:
+        case Tensor():
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        case np.ndarray():
+            digest.update(f"{value.dtype}{value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).data)
+        case Mapping():
+            for key in value:
+                digest.update(f"{key!r}:".encode())
+                _update(digest, value[key])
+        case list() | tuple():
+            digest.update(f"{len(value)}[".encode())
+            for each in value:
+                _update(digest, each)
+        case _ if hasattr(value, "__dict__"):
+            _update(digest, vars(value))
+        case _:
+            digest.update(f"{value!r};".encode())

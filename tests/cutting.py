@@ -1,0 +1,112 @@
+"""Builds in processes of their own, to be killed: at a named point, or at any moment.
+
+Children are forked from a server that has imported what they need and run nothing, so that each starts at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+from looped import LoopedTask
+from loopsway.indexer import SketchConfig, blocks, build_index, manifest, search, store
+
+COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
+CONFIG = SketchConfig(width=256, bits=1)
+POINTS = ("in a block", "after chunks", "after an entry", "while indexing", "before publishing", "after publishing")
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["cutting"])
+
+
+def start_build(path: Path, log: Path, point: str | None = None) -> Any:
+    """Starts a build; `log` gets the number of each block that is computed."""
+    _start_server()
+    process = _CONTEXT.Process(target=_build, args=(path, log, point))
+    process.start()
+    return process
+
+
+def _start_server() -> None:
+    """The server looks for this module on PYTHONPATH alone."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def finished_build(path: Path, log: Path, point: str | None = None) -> int:
+    """The exit code of a build that ends by itself; -9 when it killed itself at its point."""
+    process = start_build(path, log, point)
+    process.join(timeout=120)
+    assert process.exitcode is not None, "the build hangs"
+    return process.exitcode
+
+
+def killed_build(path: Path, log: Path, after_s: float) -> bool:
+    """Kills a build after some time; whether it was still running."""
+    process = start_build(path, log)
+    time.sleep(after_s)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def _build(path: Path, log: Path, point: str | None) -> None:
+    _note_blocks(log)
+    _kill_at(point)
+    build_index(LoopedTask(count=COUNT), path, CONFIG, block_rows=BLOCK_ROWS, batch_size=BATCH_SIZE, progress=False)
+
+
+def _note_blocks(log: Path) -> None:
+    coded = blocks.BlockSketcher.coded
+
+    def noted(self: Any, plan: Any, block: int, on_batch: Any) -> Any:
+        with log.open("a") as file:
+            file.write(f"{block}\n")
+        return coded(self, plan, block, on_batch)
+
+    blocks.BlockSketcher.coded = noted
+
+
+def _kill_at(point: str | None) -> None:
+    match point:
+        case "in a block":
+            _kill(blocks.BlockSketcher, "_coded_batch", call=4)
+        case "after chunks":
+            _kill(store, "write_sealed", call=2)
+        case "after an entry":
+            _kill(store, "write_sealed", call=2, before=False)
+        case "while indexing":
+            _kill(search.Slot, "build", call=3)
+        case "before publishing":
+            _kill(manifest.Manifest, "write", call=1)
+        case "after publishing":
+            _kill(manifest.Manifest, "write", call=1, before=False)
+
+
+def _kill(owner: Any, name: str, *, call: int, before: bool = True) -> None:
+    """Kills this process before or after the given call of a function."""
+    function, calls = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = function(*args, **kwargs)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return out
+
+    setattr(owner, name, wrapped)
