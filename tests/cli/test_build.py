@@ -87,7 +87,9 @@ def test_an_interrupted_build_says_how_to_go_on_and_the_same_command_does(tmp_pa
     command = ["build", *task, "--out", str(path), "--width", "256", "--batch-size", "16"]
     cut = run(*command)
     assert cut.returncode == 130
-    assert cut.stderr.endswith("interrupted; what is done is kept, and the same command goes on where it was\n")
+    last = f"stopped as asked: 48 of 48 examples are stored in {path}; run the same command to go on\n"
+    assert cut.stderr.endswith(last)
+    assert "stopping after this block; once more to stop at once and lose the block" in cut.stderr
     unfinished = invoke(["inspect", path])
     assert unfinished.exit_code == 1
     assert "is unfinished" in unfinished.stderr

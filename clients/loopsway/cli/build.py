@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 @click.option(
     "--optimizer-aware", is_flag=True, help="Influence of a step of Adam, from its second moments at each checkpoint."
 )
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="What to do with an example whose loss or gradient is not finite.",
+)
 def build(
     task: str,
     task_arg: dict[str, Any],
@@ -37,10 +44,12 @@ def build(
     batch_size: int,
     device: str,
     optimizer_aware: bool,
+    nonfinite: Literal["stop", "skip"],
 ) -> None:
     """Sketches every training example at every step and checkpoint, and writes the index.
 
-    Stopped at any moment and run again, it goes on where it was. An index that is there already is left as it is.
+    Ctrl-C stops it after the block that is being sketched. Stopped or killed at any moment and run again, it goes on
+    where it was. An index that is there already is left as it is.
 
     What to index is a --task, or a Hugging Face model: --hf with --loop and --data.
     """
@@ -55,7 +64,10 @@ def build(
         batch_size=batch_size,
         device=device,
         optimizer_aware=optimizer_aware,
+        nonfinite=nonfinite,
     )
+    if index.num_skipped:
+        click.echo(f"skipped for want of a finite loss or gradient: {index.num_skipped:,} examples", err=True)
     click.echo(
         f"{index.path}: {index.num_examples:,} examples x {index.num_steps} steps, "
         f"{index.size_bytes / 2**20:,.1f} MiB, {time.monotonic() - started:.1f} s"
@@ -73,6 +85,7 @@ def build_index(
     batch_size: int,
     device: str,
     optimizer_aware: bool = False,
+    nonfinite: Literal["stop", "skip"] = "stop",
 ) -> Index:
     """Loads the task and builds; ends the process with a message when it fails or is interrupted."""
     with needs("building needs the indexer", "indexer,cpu"):
@@ -83,15 +96,20 @@ def build_index(
         raise click.UsageError(str(error)) from error
     try:
         with in_one_line(), needs("building needs the indexer", "indexer,cpu"):
-            return indexer.build_index(
-                indexer.load_task(task, task_arguments),
-                out,
-                config,
-                task_spec=task,
-                task_arguments=task_arguments,
-                batch_size=batch_size,
-                device=device,
-            )
+            try:
+                return indexer.build_index(
+                    indexer.load_task(task, task_arguments),
+                    out,
+                    config,
+                    task_spec=task,
+                    task_arguments=task_arguments,
+                    batch_size=batch_size,
+                    device=device,
+                    nonfinite=nonfinite,
+                )
+            except indexer.StoppedError as stopped:
+                click.echo(str(stopped), err=True)
+                sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         click.echo("\ninterrupted; what is done is kept, and the same command goes on where it was", err=True)
         sys.exit(INTERRUPTED)

@@ -10,6 +10,7 @@ from .inspection import inspect
 from .query import query
 from .serve import serve
 from .train import train
+from .verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -21,5 +22,5 @@ def loopsway() -> None:
     """
 
 
-for command in (train, build, inspect, serve, query, demo):
+for command in (train, build, inspect, verify, serve, query, demo):
     loopsway.add_command(command)

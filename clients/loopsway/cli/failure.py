@@ -61,4 +61,7 @@ def _is_ours(traceback: TracebackType | None) -> bool:
 
 def _text(error: Exception) -> str:
     # str() of a KeyError is the repr of its message.
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror is not None:
+        text = error.strerror if error.filename is None else str(error)
+    return "; ".join([text, *getattr(error, "__notes__", ())])

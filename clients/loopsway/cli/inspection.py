@@ -50,6 +50,7 @@ def describe(index: Index) -> Description:
         "path": str(index.path),
         "name": index.name,
         "examples": index.num_examples,
+        "skipped": index.num_skipped,
         "steps": index.num_steps,
         "width": index.width,
         "bits": index.bits,
@@ -142,7 +143,8 @@ def _facts(description: Description) -> dict[str, str]:
     recall = description["recall"].get("recall@10")
     return {
         "index": description["path"],
-        "examples": f"{description['examples']:,}",
+        "examples": f"{description['examples']:,}"
+        + (f", of which {description['skipped']:,} skipped" if description["skipped"] else ""),
         "steps": f"{description['steps'] - 2}, and what is before and after the loop"
         if loop["outside"]
         else str(description["steps"]),

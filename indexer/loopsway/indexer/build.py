@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow.parquet
 from .blocks import BlockSketcher, NonFinite
 from .changes import refuse_changed_results
 from .config import SketchConfig
+from .engines import Engine, LocalEngine
 from .examples import code_digest, example_table, examples_digest
 from .features import ExampleSketcher, ExampleSketches
 from .files import SealError, read_sealed, write_sealed
@@ -121,7 +122,7 @@ def build_index(
         generation = _begin(path, plan)
         sketcher.batch_size = generation.plan.batch_size
         with BuildProgress(shown=progress) as bars, stop_on_signals(bars.announce_stop) as stop:
-            _sketch_blocks(path, generation, blocks, probe, bars, stop)
+            _sketch_blocks(path, generation, LocalEngine(blocks), probe, bars, stop)
             pyarrow.parquet.write_table(table, generation.path / EXAMPLES)
             publish(path, generation, [entry.to_dict() for entry in sketcher.plan()], bars, stop)
     return open_index(path)
@@ -165,27 +166,21 @@ def _refuse_other_plan(path: Path, existing: Plan, plan: Plan, *, with_code: boo
 
 
 def _sketch_blocks(
-    path: Path,
-    generation: Generation,
-    blocks: BlockSketcher,
-    probe: ExampleSketches,
-    bars: BuildProgress,
-    stop: Stop,
+    path: Path, generation: Generation, engine: Engine, probe: ExampleSketches, bars: BuildProgress, stop: Stop
 ) -> None:
     plan, finished = generation.plan, generation.finished()
     if 0 in finished:
         refuse_changed_results(path, generation, probe)
     done = sum(entry.num_rows for entry in finished.values())
-    bars.begin("sketching examples", plan.num_examples, done=done)
-    for block in range(plan.num_blocks):
-        if block in finished:
-            continue
-        generation.write(block, blocks.coded(plan, block, bars.advance))
-        done += len(plan.rows_of(block))
-        stop.raise_if_asked(
-            f"stopped as asked: {done:,} of {plan.num_examples:,} examples are stored in {path}; run the same command "
-            "to go on"
-        )
+    bars.begin(engine.title, plan.num_examples, done=done)
+    missing = [block for block in range(plan.num_blocks) if block not in finished]
+    with closing(engine.run(generation, missing, bars.advance)) as stored:
+        for block in stored:
+            done += len(plan.rows_of(block))
+            stop.raise_if_asked(
+                f"stopped as asked: {done:,} of {plan.num_examples:,} examples are stored in {path}; run the same "
+                "command to go on"
+            )
 
 
 @contextmanager

@@ -146,9 +146,10 @@ class Generation:
             "total_norms": coded.total.norms,
             "losses": coded.losses,
         }
-        group = self._group("r+")
-        for name, values in written.items():
-            group[name][(where,) if name.startswith("total") else (slice(None), where)] = values
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk that isn't there was never written
+            group = self._group("r+")
+            for name, values in written.items():
+                group[name][(where,) if name.startswith("total") else (slice(None), where)] = values
         digests = {}
         for chunk, name, part in self._parts(block):
             digests[chunk] = _digest(written[name] if part is None else written[name][part])
@@ -181,13 +182,20 @@ class Generation:
         """
         try:
             return BlockEntry.from_dict(read_sealed(self.entry_file(block)))
-        except (SealError, FileNotFoundError) as error:
-            raise IndexDamagedError(f"the entry of block {block} can't be read: {error}") from error
+        except FileNotFoundError as error:
+            raise IndexDamagedError(f"the entry of block {block} is missing") from error
+        except SealError as error:
+            raise IndexDamagedError(str(error)) from error
 
     def damages(self, block: int) -> Iterator[tuple[Path, str]]:
         """Reads a finished block whole; yields each chunk that is not what was written, and what is wrong with it."""
         entry, rows = self.entry(block), self.plan.rows_of(block)
-        where, group = slice(rows.start, rows.stop), self._group("r")
+        where = slice(rows.start, rows.stop)
+        try:
+            group = self._group("r")
+        except (OSError, KeyError, ValueError) as error:
+            yield self.path / ARRAYS / "zarr.json", f"can't be read: {error}"
+            return
         for chunk, name, part in self._parts(block):
             file = self.path / ARRAYS / chunk
             at = (where,) if name.startswith("total") else (slice(None) if part is None else part, where)

@@ -49,12 +49,13 @@ def verify_index(path: str | Path, *, progress: bool = True) -> list[Damage]:
     folder = generation_folder(path, manifest.generation)
     generation = Generation(folder, manifest.plan)
     with BuildProgress(shown=progress) as bars:
-        found = list(_damaged_files(folder, manifest))
+        found = {damage.file: damage for damage in _damaged_files(folder, manifest)}
         bars.begin("reading blocks", manifest.plan.num_blocks)
         for block in range(manifest.plan.num_blocks):
-            found += _damages_of(generation, block)
+            for damage in _damages_of(generation, block):
+                found.setdefault(damage.file, damage)
             bars.advance()
-    return found
+    return list(found.values())
 
 
 def _damaged_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
