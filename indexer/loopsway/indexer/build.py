@@ -11,7 +11,7 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet
 
@@ -57,6 +57,9 @@ def build_index(
     block_rows: int | None = None,
     device: str = "cpu",
     nonfinite: NonFinite = "stop",
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    address: str | None = None,
     progress: bool = True,
 ) -> Index:
     """Builds the index of a task's examples, or finishes a build that was cut.
@@ -74,6 +77,10 @@ def build_index(
         device: a torch device name.
         nonfinite: what to do with an example whose loss or gradient is not finite: "stop" the build, or "skip" the
             example, which is then in no answer, and is listed in the index's `skipped`.
+        engine: "local", this process; or "ray", actors on a Ray cluster, which need `task_spec` and `task_arguments`
+            to make the task, and reach `path` on a file system that they share with this process.
+        workers: actors of engine "ray"; None: one for each GPU of the cluster, or CPU where there is none.
+        address: of the Ray cluster; None: the one that runs here, or one that is started for the build.
         progress: whether to draw progress on the terminal.
 
     Returns:
@@ -121,8 +128,15 @@ def build_index(
             return open_index(path)
         generation = _begin(path, plan)
         sketcher.batch_size = generation.plan.batch_size
+        chosen: Engine = LocalEngine(blocks)
+        if engine == "ray":
+            from .ray_engine import RayEngine  # here: it is an extra's
+
+            chosen = RayEngine(
+                task_spec, task_arguments or {}, device=device, nonfinite=nonfinite, workers=workers, address=address
+            )
         with BuildProgress(shown=progress) as bars, stop_on_signals(bars.announce_stop) as stop:
-            _sketch_blocks(path, generation, LocalEngine(blocks), probe, bars, stop)
+            _sketch_blocks(path, generation, chosen, probe, bars, stop)
             pyarrow.parquet.write_table(table, generation.path / EXAMPLES)
             publish(path, generation, [entry.to_dict() for entry in sketcher.plan()], bars, stop)
     return open_index(path)
