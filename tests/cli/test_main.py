@@ -12,7 +12,7 @@ from click.testing import Result
 
 from .conftest import COMMAND, invoke, run
 
-COMMANDS = ("train", "build", "inspect", "verify", "serve", "query", "demo")
+COMMANDS = (*("train", "build", "add", "delete", "compact", "prune", "inspect", "verify", "serve", "query", "demo"),)
 
 
 def run_without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ def test_verify_says_that_a_sound_index_is_sound(tiny_index: Path) -> None:
 
 def test_verify_names_each_damaged_piece_on_a_line_and_fails(tiny_index: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(tiny_index, tmp_path / "damaged.index"))
-    cut, missing = next(path.rglob("total.faiss")), next(path.rglob("losses/c/0/0"))
+    cut, missing = next(path.rglob("total-00.faiss")), next(path.rglob("losses/c/0/0"))
     cut.write_bytes(cut.read_bytes()[:-1])
     missing.unlink()
     done = run("verify", path)

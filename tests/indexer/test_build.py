@@ -22,7 +22,7 @@ from loopsway.indexer import (
     TaskError,
     open_index,
 )
-from loopsway.indexer.build import _block_rows
+from loopsway.indexer.building import new_block_rows
 from loopsway.indexer.coding import encode, rotate
 
 from .conftest import build, contents
@@ -65,7 +65,7 @@ def test_an_index_says_what_it_holds(whole_index: Path) -> None:
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 128), (1789, 128), (3000, 256), (20_000, 2048), (10**7, 2048)])
 def test_a_small_index_has_small_blocks_so_that_a_cut_build_loses_little(count: int, rows: int) -> None:
-    assert _block_rows(count) == rows
+    assert new_block_rows(count) == rows
 
 
 def test_a_finished_build_is_opened_as_it_is(copied: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_path_that_holds_something_else_is_refused(copied: Path, change: Any, 
     if not published:
         (copied / "manifest.json").unlink()
     before = contents(copied)
-    with pytest.raises(IndexExistsError, match=f"(?s)already holds an index of something else.*{text}"):
+    with pytest.raises(IndexExistsError, match=f"(?s)already holds .* of something else.*{text}"):
         build(copied, **change)
     assert contents(copied) == before
 

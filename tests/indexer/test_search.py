@@ -83,7 +83,7 @@ def test_faiss_scores_equal_our_reading_of_the_codes(one_bit: tuple[Index, np.nd
     index, queries = one_bit
     slots, vectors = read_slots(index), rotated(index, queries)[:, -1]
     for slot, name in ((None, "total"), (2, "step-0002")):
-        loaded: Any = faiss.read_index(str(next(index.path.rglob(f"{name}.faiss"))))
+        loaded: Any = faiss.read_index(str(next(index.path.rglob(f"{name}-00.faiss"))))
         loaded.qb = 0  # the query unquantized
         scores, rows = loaded.search(vectors, 20)
         norms = index.total_norms() if slot is None else index.step_norms()[slot]

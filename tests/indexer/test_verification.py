@@ -12,13 +12,14 @@ from loopsway.indexer import IndexNotFoundError, verify_index
 
 KINDS = {
     "the manifest": "manifest.json",
+    "the history": "manifests/000001.json",
     "the plan": "generations/*/plan.json",
     "a block's entry": "generations/*/blocks/000001.json",
     "the examples": "generations/*/examples.parquet",
     "the skipped examples": "generations/*/skipped.parquet",
     "what recall was measured": "generations/*/recall.json",
-    "a step's FAISS index": "generations/*/faiss/step-0002.faiss",
-    "the total's FAISS index": "generations/*/faiss/total.faiss",
+    "a step's FAISS index": "generations/*/faiss/step-0002-00.faiss",
+    "the total's FAISS index": "generations/*/faiss/total-00.faiss",
     "the arrays' description": "generations/*/arrays.zarr/zarr.json",
     "an array's description": "generations/*/arrays.zarr/step_codes/zarr.json",
     "codes of a step": "generations/*/arrays.zarr/step_codes/c/3/1/0",

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .failure import INTERRUPTED, in_one_line, needs
-from .tasks import hf_options, task_options
+from .failure import in_one_line, needs, stoppable
+from .tasks import Command, hf_options, task_options
 
 if TYPE_CHECKING:
     from loopsway.indexer import Index
+
+
+def sketching_options(command: Command) -> Command:
+    """Adds the options of how examples are sketched, whatever they are for."""
+    for option in reversed(_SKETCHING):
+        command = option(command)
+    return command
+
+
+_SKETCHING = (
+    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Examples at a time."),
+    click.option("--device", default="cpu", show_default=True, help="A torch device."),
+    click.option(
+        "--nonfinite",
+        type=click.Choice(["stop", "skip"]),
+        default="stop",
+        show_default=True,
+        help="What to do with an example whose loss or gradient is not finite.",
+    ),
+)
 
 
 @click.command(short_help="Sketch a task's training examples into an index.")
@@ -22,18 +41,10 @@ if TYPE_CHECKING:
 @click.option("--width", default=8192, show_default=True, help="Floats in a sketch, a power of two.")
 @click.option("--bits", default=1, show_default=True, help="Stored bits for each of them: 1, 2, 4, 8, 16 or 32.")
 @click.option("--seed", default=0, show_default=True, help="Of every hash.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Examples at a time.")
-@click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option(
     "--optimizer-aware", is_flag=True, help="Influence of a step of Adam, from its second moments at each checkpoint."
 )
-@click.option(
-    "--nonfinite",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="What to do with an example whose loss or gradient is not finite.",
-)
+@sketching_options
 def build(
     task: str,
     task_arg: dict[str, Any],
@@ -66,11 +77,16 @@ def build(
         optimizer_aware=optimizer_aware,
         nonfinite=nonfinite,
     )
+    click.echo(summary(index, time.monotonic() - started))
+
+
+def summary(index: Index, seconds: float) -> str:
+    """What was built, in a line; what was skipped goes to stderr."""
     if index.num_skipped:
         click.echo(f"skipped for want of a finite loss or gradient: {index.num_skipped:,} examples", err=True)
-    click.echo(
+    return (
         f"{index.path}: {index.num_examples:,} examples x {index.num_steps} steps, "
-        f"{index.size_bytes / 2**20:,.1f} MiB, {time.monotonic() - started:.1f} s"
+        f"{index.size_bytes / 2**20:,.1f} MiB, {seconds:.1f} s"
     )
 
 
@@ -94,22 +110,14 @@ def build_index(
         config = indexer.SketchConfig(width=width, bits=bits, seed=seed, optimizer_aware=optimizer_aware)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    try:
-        with in_one_line(), needs("building needs the indexer", "indexer,cpu"):
-            try:
-                return indexer.build_index(
-                    indexer.load_task(task, task_arguments),
-                    out,
-                    config,
-                    task_spec=task,
-                    task_arguments=task_arguments,
-                    batch_size=batch_size,
-                    device=device,
-                    nonfinite=nonfinite,
-                )
-            except indexer.StoppedError as stopped:
-                click.echo(str(stopped), err=True)
-                sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted; what is done is kept, and the same command goes on where it was", err=True)
-        sys.exit(INTERRUPTED)
+    with in_one_line(), needs("building needs the indexer", "indexer,cpu"), stoppable():
+        return indexer.build_index(
+            indexer.load_task(task, task_arguments),
+            out,
+            config,
+            task_spec=task,
+            task_arguments=task_arguments,
+            batch_size=batch_size,
+            device=device,
+            nonfinite=nonfinite,
+        )

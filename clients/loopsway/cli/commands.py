@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .build import build
+from .change import add, compact, delete, prune
 from .demo import demo
 from .inspection import inspect
 from .query import query
@@ -22,5 +23,5 @@ def loopsway() -> None:
     """
 
 
-for command in (train, build, inspect, verify, serve, query, demo):
+for command in (train, build, add, delete, compact, prune, inspect, verify, serve, query, demo):
     loopsway.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import TracebackType
@@ -32,6 +33,21 @@ def needs(what: str, extras: str) -> Generator[None]:
         if (error.name or "").partition(".")[0] not in BROUGHT_BY_EXTRAS:
             raise
         raise click.ClickException(f"{what}: pip install 'loopsway[{extras}]'") from error
+
+
+@contextmanager
+def stoppable() -> Generator[None]:
+    """Ends the process with a message and a shell's exit code when the indexer's work in it was stopped by a signal."""
+    from loopsway.indexer import StoppedError
+
+    try:
+        yield
+    except StoppedError as stopped:
+        click.echo(str(stopped), err=True)
+        sys.exit(128 + stopped.signal)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted; what is done is kept, and the same command goes on where it was", err=True)
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager

@@ -5,9 +5,11 @@ The data's way: Task -> capture (activations and output gradients, by step) -> s
 """
 
 from .blocks import NonFiniteExampleError
-from .build import StorageError, build_index
+from .build import add_examples, build_index
 from .config import Checkpoint, Loop, SketchConfig
+from .editing import compact_index, delete_examples, prune_index
 from .features import ExampleSketcher
+from .folders import StorageError
 from .index import Index, UnknownExampleError, open_index
 from .lock import IndexLockedError
 from .manifest import IndexDamagedError, IndexExistsError, IndexNotFoundError
@@ -41,9 +43,13 @@ __all__ = [
     "Task",
     "TaskError",
     "UnknownExampleError",
+    "add_examples",
     "build_index",
+    "compact_index",
+    "delete_examples",
     "is_shipped",
     "load_task",
     "open_index",
+    "prune_index",
     "verify_index",
 ]

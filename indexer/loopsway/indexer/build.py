@@ -1,49 +1,25 @@
-"""The offline build: from a task to a published index, block by block, resumable.
-
-A block of rows is sketched, rotated, coded and stored; its entry makes it done. After the last block come one FAISS
-index for each step and the total, a measurement of their recall, and the manifest, whose atomic rename publishes the
-index. The same command after a crash finishes what is missing.
-"""
+"""The offline build: from a task to a published index, and from more examples to its next generation."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet
+import pyarrow as pa
 
-from .blocks import BlockSketcher, NonFinite
-from .changes import refuse_changed_results
+from .blocks import NonFinite
+from .building import PartBuilder
 from .config import SketchConfig
-from .engines import Engine, LocalEngine
-from .examples import code_digest, example_table, examples_digest
-from .features import ExampleSketcher, ExampleSketches
-from .files import SealError, read_sealed, write_sealed
-from .index import EXAMPLES, Index, generation_folder, open_index
+from .examples import SubsetTask
+from .folders import clear_storage_errors
+from .index import Index, open_index
 from .lock import writer_lock
-from .manifest import MANIFEST, PLAN, IndexDamagedError, IndexExistsError, Manifest, Plan, checkpoint_digests
-from .progress import BuildProgress
+from .manifest import MANIFEST, IndexExistsError, Manifest, Plan
 from .publication import publish
 from .search import import_faiss
-from .stopping import Stop, stop_on_signals
-from .store import Generation
 from .task import Task, TaskError
-
-LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS, LEAST_BLOCKS = 128, 2048, 16
-_UNWRITABLE = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "this user may not write there",
-    errno.EPERM: "this user may not write there",
-}
-
-
-class StorageError(OSError):
-    """The index's folder can't be written to."""
 
 
 def build_index(
@@ -96,117 +72,135 @@ def build_index(
         TaskError: what the task returned breaks its contract.
         ValueError: the model or its losses can't be attributed.
     """
-    path = Path(path)
+    path, is_finished = Path(path), (Path(path) / MANIFEST).exists()
     import_faiss()  # fail before the work, not after it
-    is_finished = (path / MANIFEST).exists()
-    with _clear_storage_errors(path), nullcontext() if is_finished else writer_lock(path):
-        examples = task.examples()
-        if not len(examples):
-            raise TaskError(f"{type(task).__name__}.examples() is empty; an index needs at least one example")
-        sketcher = ExampleSketcher(task, config, device=device, batch_size=batch_size)
-        table = example_table(task, len(examples))
-        blocks = BlockSketcher(task, sketcher, nonfinite=nonfinite)
-        probe = blocks.probe()
-        plan = Plan(
-            fingerprint=sketcher.fingerprint,
+    with clear_storage_errors(path), nullcontext() if is_finished else writer_lock(path):
+        builder = PartBuilder(
+            task,
+            config,
             task_spec=task_spec,
-            task_arguments=dict(task_arguments or {}),
-            loop=task.loop,
-            config=sketcher.config,
-            checkpoints=sketcher.checkpoints,
-            parameters=sketcher.parameters,
-            num_examples=len(examples),
-            num_steps=probe.values.shape[1],
-            examples_digest=examples_digest(task, examples, table["id"].to_pylist()),
-            task_code=code_digest(task),
-            checkpoint_digests=checkpoint_digests(sketcher.checkpoints),
+            task_arguments=task_arguments,
             batch_size=batch_size,
-            block_rows=block_rows or _block_rows(len(examples)),
+            block_rows=block_rows,
+            device=device,
+            nonfinite=nonfinite,
+            engine=engine,
+            workers=workers,
+            address=address,
+            progress=progress,
         )
         if is_finished:
-            _refuse_other_plan(path, Manifest.read(path).plan, plan, with_code=False)
-            return open_index(path)
-        generation = _begin(path, plan)
-        sketcher.batch_size = generation.plan.batch_size
-        chosen: Engine = LocalEngine(blocks)
-        if engine == "ray":
-            from .ray_engine import RayEngine  # here: it is an extra's
-
-            chosen = RayEngine(
-                task_spec, task_arguments or {}, device=device, nonfinite=nonfinite, workers=workers, address=address
-            )
-        with BuildProgress(shown=progress) as bars, stop_on_signals(bars.announce_stop) as stop:
-            _sketch_blocks(path, generation, chosen, probe, bars, stop)
-            pyarrow.parquet.write_table(table, generation.path / EXAMPLES)
-            publish(path, generation, [entry.to_dict() for entry in sketcher.plan()], bars, stop)
+            _refuse_other_plan(path, Manifest.read(path).plan, builder.plan, ignoring=["task_code"])
+        else:
+            publish(path, [builder.build(path)])
     return open_index(path)
 
 
-def _block_rows(num_examples: int) -> int:
-    """A power of two: large blocks read fast, and a build that is cut loses at most one."""
-    rows = LEAST_BLOCK_ROWS
-    while rows < MOST_BLOCK_ROWS and rows * LEAST_BLOCKS < num_examples:
-        rows *= 2
-    return rows
+def add_examples(
+    task: Task,
+    path: str | Path,
+    *,
+    skip_existing: bool = False,
+    task_spec: str | None = None,
+    task_arguments: Mapping[str, Any] | None = None,
+    batch_size: int = 32,
+    block_rows: int | None = None,
+    device: str = "cpu",
+    nonfinite: NonFinite = "stop",
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    progress: bool = True,
+) -> Index:
+    """Adds a task's examples to an index, as its next generation; nothing that is there is rewritten.
+
+    Cut at any moment and called again, it goes on where it was.
+
+    Args:
+        task: with the model and checkpoints of the index, and the examples to add.
+        path: the index's folder.
+        skip_existing: leave out examples whose ids the index has, as those of a file that has grown.
+        task_spec: this argument and those after it are as in `build_index`.
+        task_arguments: as there.
+        batch_size: as there.
+        block_rows: as there.
+        device: as there.
+        nonfinite: as there.
+        engine: as there.
+        workers: as there.
+        address: as there.
+        progress: as there.
+
+    Returns:
+        The index, open.
+
+    Raises:
+        IndexNotFoundError: there is no index at the path.
+        IndexExistsError: the task's model, checkpoints or loop are not the index's, or another addition was begun; the
+            text names what differs.
+        TaskError: an id is in the index already, the metadata has other columns, or there is nothing to add.
+        IndexLockedError, NonFiniteExampleError, StoppedError, StorageError, ValueError: as `build_index`.
+    """
+    path = Path(path)
+    config = open_index(path).config
+    with clear_storage_errors(path), writer_lock(path):
+        index = open_index(path)
+        rows = _new_rows(task, index, skip_existing=skip_existing)
+        is_whole = len(rows) == len(task.examples())
+        if engine == "ray" and not is_whole:
+            raise ValueError('skip_existing=True works with engine="local" alone: actors sketch the whole task')
+        builder = PartBuilder(
+            task if is_whole else SubsetTask(task, rows),
+            config,
+            task_spec=task_spec,
+            task_arguments=task_arguments,
+            batch_size=batch_size,
+            block_rows=block_rows,
+            device=device,
+            nonfinite=nonfinite,
+            engine=engine,
+            workers=workers,
+            address=address,
+            progress=progress,
+        )
+        _refuse_other_plan(
+            path, index.manifest.plan, builder.plan, ignoring=["task_code", "num_examples", "examples_digest"]
+        )
+        _refuse_other_columns(index, builder.table)
+        part = builder.build(path)
+        deleted = None if index.manifest.deleted is None else path / index.manifest.deleted
+        publish(path, [*index.manifest.parts, part], deleted)
+    return open_index(path)
 
 
-def _begin(path: Path, plan: Plan) -> Generation:
-    """The generation to build; a cut build's own, with its plan, to go on in the same batches."""
-    folder = generation_folder(path, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in path.rglob("*.partial"):
-        partial.unlink()
-    try:
-        begun = Plan.from_dict(read_sealed(folder / PLAN))
-        _refuse_other_plan(path, begun, plan, with_code=True)
-        plan = begun
-    except FileNotFoundError:
-        write_sealed(folder / PLAN, plan.to_dict())
-    except (SealError, KeyError, TypeError) as error:
-        raise IndexDamagedError(
-            f"{folder / PLAN} is damaged: {error}; remove the index's folder and build again"
-        ) from error
-    generation = Generation(folder, plan)
-    generation.create()
-    return generation
-
-
-def _refuse_other_plan(path: Path, existing: Plan, plan: Plan, *, with_code: bool) -> None:
-    if differences := existing.differences(plan, with_code=with_code):
+def _refuse_other_plan(path: Path, existing: Plan, plan: Plan, *, ignoring: Sequence[str]) -> None:
+    if differences := existing.differences(plan, ignoring=ignoring):
         raise IndexExistsError(
             f"{path} already holds an index of something else ({'; '.join(differences)[:2000]}); build to another "
             "path, or remove that folder"
         )
 
 
-def _sketch_blocks(
-    path: Path, generation: Generation, engine: Engine, probe: ExampleSketches, bars: BuildProgress, stop: Stop
-) -> None:
-    plan, finished = generation.plan, generation.finished()
-    if 0 in finished:
-        refuse_changed_results(path, generation, probe)
-    done = sum(entry.num_rows for entry in finished.values())
-    bars.begin(engine.title, plan.num_examples, done=done)
-    missing = [block for block in range(plan.num_blocks) if block not in finished]
-    with closing(engine.run(generation, missing, bars.advance)) as stored:
-        for block in stored:
-            done += len(plan.rows_of(block))
-            stop.raise_if_asked(
-                f"stopped as asked: {done:,} of {plan.num_examples:,} examples are stored in {path}; run the same "
-                "command to go on"
-            )
+def _new_rows(task: Task, index: Index, *, skip_existing: bool) -> list[int]:
+    """Rows of the task's examples that the index has not."""
+    ids = [task.example_id(row) for row in range(len(task.examples()))]
+    known = set(index.examples["id"].take(pa.array(index.live_rows())).to_pylist())
+    new = [row for row, example_id in enumerate(ids) if example_id not in known]
+    if len(new) < len(ids) and not skip_existing:
+        example_id = next(each for each in ids if each in known)
+        raise TaskError(
+            f"{len(ids) - len(new):,} of {len(ids):,} examples are in index {index.name} already, {example_id!r} for "
+            "one; give others their own ids, delete those first, or leave them out with skip_existing=True "
+            "(--skip-existing)"
+        )
+    if not new:
+        raise TaskError(f"there is nothing to add: all {len(ids):,} examples of the task are in index {index.name}")
+    return new
 
 
-@contextmanager
-def _clear_storage_errors(path: Path) -> Iterator[None]:
-    """Says what a failed write means for the index."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise StorageError(
-            error.errno,
-            f"{_UNWRITABLE[error.errno]}: {path} could not be written to ({error}); finished blocks are kept: mend it, "
-            "and run the same command to go on",
-        ) from error
+def _refuse_other_columns(index: Index, table: pa.Table) -> None:
+    if table.schema != index.examples.schema:
+        mine, theirs = (
+            ", ".join(f"{field.name} {field.type}" for field in each.schema) for each in (table, index.examples)
+        )
+        raise TaskError(f"the examples have the columns {mine}; those of index {index.name} have {theirs}")

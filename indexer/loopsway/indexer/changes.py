@@ -34,8 +34,9 @@ def refuse_changed_results(path: Path, generation: Generation, probe: ExampleSke
         "step_norms": torch.linalg.vector_norm(sketches, dim=2).T.numpy(),
         "total_norms": torch.linalg.vector_norm(sketches.sum(1), dim=1).numpy(),
     }
+    then = generation.rows(np.array(rows))
     for name, values in now.items():
-        stored = generation.rows(name, rows)
+        stored = then[name]
         slack = TOLERANCE * max(float(np.abs(stored).max()), 1e-30)
         if np.abs(values - stored).max() > slack:
             raise IndexExistsError(

@@ -14,8 +14,62 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .config import Checkpoint
 from .files import file_digest
 from .task import Task, TaskError
+
+
+class SubsetTask(Task):
+    """Some rows of a task's examples; all else is the task's.
+
+    Args:
+        task: the whole.
+        rows: which, in their new order.
+    """
+
+    def __init__(self, task: Task, rows: Sequence[int]) -> None:
+        self.task, self._rows, self._all = task, rows, task.examples()
+        self.loop = task.loop
+
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        return self.task.checkpoints()
+
+    def model(self, checkpoint: Checkpoint) -> torch.nn.Module:
+        return self.task.model(checkpoint)
+
+    def second_moments(self, checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
+        return self.task.second_moments(checkpoint)
+
+    def examples(self) -> Sequence[Any]:
+        return _Chosen(self._all, self._rows)
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        return self.task.collate(examples)
+
+    def losses(self, model: torch.nn.Module, batch: Any) -> Tensor:
+        return self.task.losses(model, batch)
+
+    def example_id(self, row: int) -> str:
+        return self.task.example_id(self._rows[row])
+
+    def metadata(self, row: int) -> Mapping[str, Any]:
+        return self.task.metadata(self._rows[row])
+
+    def describe(self, row: int) -> str:
+        return self.task.describe(self._rows[row])
+
+
+class _Chosen(Sequence[Any]):
+    """Chosen items, read when they are asked for."""
+
+    def __init__(self, items: Sequence[Any], rows: Sequence[int]) -> None:
+        self._items, self._rows = items, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._items[self._rows[row]]
 
 
 def example_table(task: Task, count: int) -> pa.Table:
@@ -61,6 +115,8 @@ def examples_digest(task: Task, examples: Sequence[Any], ids: Sequence[str]) -> 
 
 def code_digest(task: Task) -> str:
     """Of the files that define the task's class and those that it derives from, but for Loopsway's own `Task`."""
+    if isinstance(task, SubsetTask):
+        return code_digest(task.task)
     files = set()
     for cls in type(task).__mro__:
         if cls not in (Task, *Task.__mro__):

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 
 from .coding import variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
+from .joined import JoinedSlot
 from .manifest import IndexDamagedError, Manifest, checkpoint_digests
 from .queries import checked_sketches, chosen_steps, query_vectors
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
-from .search import Slot, inner_products, open_slots
-from .store import Generation
+from .search import inner_products, open_slots
+from .store import ROW_AXES, Generation
 
 EXAMPLES, SKIPPED, FAISS_FOLDER, RECALL = "examples.parquet", "skipped.parquet", "faiss", "recall.json"
 
@@ -34,52 +36,63 @@ class UnknownExampleError(LookupError):
     """No example of this id is in the index."""
 
 
-def open_index(path: str | Path) -> Index:
+def open_index(path: str | Path, *, generation: int | None = None) -> Index:
     """Opens a finished index for search.
 
+    Args:
+        path: its folder.
+        generation: an earlier generation that is still kept; None: the last.
+
     Raises:
-        IndexNotFoundError: there is none, or it is unfinished.
+        IndexNotFoundError: there is none, it is unfinished, or it has no such generation.
         IndexDamagedError: a file is missing, of the wrong size or unreadable.
     """
-    return Index(Path(path))
-
-
-def generation_folder(path: Path, generation: int) -> Path:
-    return path / "generations" / f"{generation:06d}"
+    return Index(Path(path), generation)
 
 
 class Index:
     """An index on disk. Make it with `open_index`.
 
-    Thread-safe for reading. Rows of codes are read through memory maps when they are needed.
+    It keeps the generation that it opened, whatever is added or deleted meanwhile. Thread-safe for reading. Rows are
+    numbered over all parts, deleted ones included. Rows of codes are read through memory maps when they are needed.
 
     Attributes:
         path: its folder.
         manifest: what it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, generation: int | None) -> None:
         self.path = path
-        self.manifest = Manifest.read(path)
-        self._folder = generation_folder(path, self.manifest.generation)
+        self.manifest = Manifest.read(path, generation)
         self._check_files()
-        self._generation = Generation(self._folder, self.manifest.plan)
-        self._slots: dict[int | None, Slot] = open_slots(self._generation)
-        for slot in self._slots.values():
-            slot.load(self._folder / FAISS_FOLDER)
+        self._stored = [Generation(path / part.folder, part.plan) for part in self.manifest.parts]
+        self._is_deleted = self._read_deleted()
+        parts = [
+            open_slots(stored, np.flatnonzero(deleted))
+            for stored, deleted in zip(self._stored, self._by_part(self._is_deleted), strict=True)
+        ]
+        for stored, slots in zip(self._stored, parts, strict=True):
+            for slot in slots.values():
+                slot.load(stored.path / FAISS_FOLDER)
+        self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
 
     @property
     def name(self) -> str:
         return self.path.name.removesuffix(".index")
 
     @property
+    def num_rows(self) -> int:
+        """Deleted ones included."""
+        return self.manifest.num_rows
+
+    @property
     def num_examples(self) -> int:
-        return self.manifest.plan.num_examples
+        return self.num_rows - int(self._is_deleted.sum())
 
     @property
     def num_skipped(self) -> int:
         """How many of them had no finite loss or gradient and are in no answer."""
-        return self.manifest.num_skipped
+        return sum(not self._is_deleted[row] for row in self._skipped_rows)
 
     @property
     def num_steps(self) -> int:
@@ -127,12 +140,12 @@ class Index:
 
     @property
     def steps_without_gradient(self) -> tuple[int, ...]:
-        return self.manifest.steps_without_gradient
+        return tuple(sorted(set.intersection(*(set(part.steps_without_gradient) for part in self.manifest.parts))))
 
     @property
     def plan(self) -> list[dict[str, Any]]:
-        """How each parameter was sketched, and what it cost: the fields of `PlanEntry`."""
-        return [dict(entry) for entry in self.manifest.sketching]
+        """How each parameter was sketched in the last part, and what it cost: the fields of `PlanEntry`."""
+        return [dict(entry) for entry in self.manifest.parts[-1].sketching]
 
     @property
     def slots(self) -> list[str]:
@@ -143,19 +156,60 @@ class Index:
 
     @property
     def size_bytes(self) -> int:
-        """On disk, all files of this generation."""
-        return self._generation.size_bytes()
+        """On disk, all files of this generation's parts."""
+        return sum(stored.size_bytes() for stored in self._stored)
 
     @cached_property
     def recall(self) -> dict[str, Any]:
-        """What the build measured of its FAISS indices against a reading of every code."""
-        return json.loads((self._folder / RECALL).read_text(encoding="utf-8"))
+        """What the build measured of its FAISS indices against a reading of every code, of the worst part."""
+        measured = [json.loads((stored.path / RECALL).read_text(encoding="utf-8")) for stored in self._stored]
+        return min(measured, key=lambda each: min(each["by_slot"].values()))
 
     @cached_property
     def skipped(self) -> dict[str, str]:
         """Ids of the skipped examples, and what is not finite of each."""
-        table = pyarrow.parquet.read_table(self._folder / SKIPPED)
-        return dict(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
+        return {
+            self._ids[row].as_py(): reason for row, reason in self._skipped_rows.items() if not self._is_deleted[row]
+        }
+
+    @cached_property
+    def _skipped_rows(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for stored, start in zip(self._stored, self._starts, strict=True):
+            table = pyarrow.parquet.read_table(stored.path / SKIPPED)
+            rows = (start + row for row in table["row"].to_pylist())
+            found |= dict(zip(rows, table["reason"].to_pylist(), strict=True))
+        return found
+
+    @property
+    def _starts(self) -> list[int]:
+        """The first row of each part."""
+        return np.cumsum([0, *(part.plan.num_examples for part in self.manifest.parts)])[:-1].tolist()
+
+    def _by_part(self, values: np.ndarray) -> list[np.ndarray]:
+        """Values of all rows, [N], part by part."""
+        return np.split(values, self._starts[1:])
+
+    def _read_deleted(self) -> np.ndarray:
+        is_deleted = np.zeros(self.num_rows, bool)
+        if self.manifest.deleted is not None:
+            table = pyarrow.parquet.read_table(self.path / self.manifest.deleted, columns=["row"])
+            is_deleted[table["row"].to_numpy()] = True
+        return is_deleted
+
+    def stored_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What the arrays of the store hold of these rows, by name; rows are the last dimension but that of codes."""
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        read = [stored.rows(rows[places == part] - self._starts[part]) for part, stored in enumerate(self._stored)]
+        order = np.argsort(np.argsort(places, kind="stable"), kind="stable")
+        return {
+            name: np.concatenate([part[name] for part in read], axis=axis).take(order, axis=axis)
+            for name, axis in ROW_AXES.items()
+        }
+
+    def live_rows(self) -> np.ndarray:
+        """Rows that are not deleted, int64, ascending."""
+        return np.flatnonzero(~self._is_deleted)
 
     def changed_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         """Names of those whose files are not the ones that the index was built from."""
@@ -163,8 +217,9 @@ class Index:
         return tuple(name for name, digest in now.items() if built.get(name, digest) != digest)
 
     def mean_losses(self) -> np.ndarray:
-        """The examples' mean loss at each checkpoint, [K]."""
-        return np.array(self.manifest.mean_losses)
+        """The mean loss of all rows, deleted ones included, at each checkpoint, [K]."""
+        counts = [part.plan.num_examples - part.num_skipped for part in self.manifest.parts]
+        return np.average([part.mean_losses for part in self.manifest.parts], axis=0, weights=counts)
 
     def step_norms(self) -> np.ndarray:
         """Norms of all sketches, float32 [S, N]."""
@@ -176,7 +231,7 @@ class Index:
 
     def example(self, row: int) -> Example:
         """The example in this row."""
-        table = self._examples
+        table = self.examples
         metadata = table["metadata"][row].as_py() if "metadata" in table.column_names else {}
         return Example(id=table["id"][row].as_py(), description=table["description"][row].as_py(), metadata=metadata)
 
@@ -187,10 +242,12 @@ class Index:
             UnknownExampleError: the id is not in the index.
         """
         row = self._rows_by_id.get(example_id)
+        if row is not None and self._is_deleted[row]:
+            raise UnknownExampleError(f"example {example_id!r} was deleted from index {self.name}")
         if row is None:
             raise UnknownExampleError(
                 f"example {example_id!r} is not among the {self.num_examples} of index {self.name}; its ids look like "
-                f"{self._examples['id'][0].as_py()!r}"
+                f"{self.examples['id'][0].as_py()!r}"
             )
         if self.num_skipped and example_id in self.skipped:
             raise UnknownExampleError(
@@ -313,7 +370,7 @@ class Index:
         worst = worst[np.lexsort((rows[worst], scores[worst]))][:k]
         proponents, opponents = (
             Ranked(
-                example_ids=tuple(self._examples["id"].take(rows[own]).to_pylist()),
+                example_ids=tuple(self.examples["id"].take(rows[own]).to_pylist()),
                 rows=rows[own],
                 influences=scores[own],
                 standard_errors=errors[own],
@@ -328,17 +385,24 @@ class Index:
         return (np.hypot(norms * query_norms, influences) * scale).astype(np.float32)
 
     def _check_files(self) -> None:
-        for name, facts in self.manifest.files.items():
-            file = self._folder / name
+        for name, facts in self.manifest.all_files.items():
+            file = self.path / name
             size = file.stat().st_size if file.is_file() else None
             if size != facts["size_bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes, not {facts['size_bytes']}"
                 raise IndexDamagedError(f"index {self.path} is damaged: {file} {state}; rebuild it")
 
     @cached_property
-    def _examples(self) -> Any:
-        return pyarrow.parquet.read_table(self._folder / EXAMPLES).combine_chunks()
+    def examples(self) -> Any:
+        """Ids, descriptions and metadata of all rows, a pyarrow table."""
+        tables = [pyarrow.parquet.read_table(stored.path / EXAMPLES) for stored in self._stored]
+        return pa.concat_tables(tables).combine_chunks()
+
+    @property
+    def _ids(self) -> Any:
+        return self.examples["id"]
 
     @cached_property
     def _rows_by_id(self) -> dict[str, int]:
-        return {example_id: row for row, example_id in enumerate(self._examples["id"].to_pylist())}
+        """Of deleted rows too, unless a later one has the same id."""
+        return {example_id: row for row, example_id in enumerate(self._ids.to_pylist())}

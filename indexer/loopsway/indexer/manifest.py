@@ -1,11 +1,12 @@
-"""What an index is, as JSON: its `Plan`, fixed before the first block, and its `Manifest`, written last.
+"""What an index is, as JSON: the `Plan` of each part, fixed before its first block, and the `Manifest`, written last.
 
-`manifest.json` is published by one atomic rename: an index has either all of a generation or nothing of it.
+`manifest.json` is published by one atomic rename: an index has either all of a generation or nothing of it. A copy of
+each generation's manifest stays in `manifests/`, so that earlier ones can be opened until they are pruned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from .config import Checkpoint, Loop, SketchConfig
 from .files import SealError, file_digest, read_sealed, write_sealed
 
 FORMAT_VERSION = 3
-MANIFEST, PLAN = "manifest.json", "plan.json"
+MANIFEST, HISTORY, PARTS, PLAN = "manifest.json", "manifests", "generations", "plan.json"
+
+FileFacts = Mapping[str, Any]  # size_bytes and digest
 
 
 class IndexNotFoundError(FileNotFoundError):
@@ -40,6 +43,7 @@ class Plan:
         task_code: digest of the files that define the task's class, for a build that goes on.
         checkpoint_digests: of the checkpoints' files, by checkpoint name, for those that name a file.
         block_rows: rows of a block, which owns whole chunks.
+        shard_rows: rows of a FAISS index, whole blocks.
     """
 
     fingerprint: str
@@ -56,6 +60,7 @@ class Plan:
     checkpoint_digests: Mapping[str, str]
     batch_size: int
     block_rows: int
+    shard_rows: int
 
     @property
     def width(self) -> int:
@@ -68,6 +73,11 @@ class Plan:
 
     def rows_of(self, block: int) -> range:
         return range(block * self.block_rows, min((block + 1) * self.block_rows, self.num_examples))
+
+    def shards(self) -> list[range]:
+        """Rows of each FAISS index of a slot."""
+        starts = range(0, self.num_examples, self.shard_rows)
+        return [range(start, min(start + self.shard_rows, self.num_examples)) for start in starts]
 
     def to_dict(self) -> dict[str, Any]:
         data = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -84,67 +94,127 @@ class Plan:
         made["parameters"] = {name: tuple(shape) for name, shape in data["parameters"].items()}
         return cls(**made)
 
-    def differences(self, other: Plan, *, with_code: bool) -> list[str]:
+    def differences(self, other: Plan, *, ignoring: Sequence[str] = ()) -> list[str]:
         """What the two plans say differently about the index's content, as text `name: mine -> other's`.
 
-        How the task was named, where its checkpoints lie and how examples were batched are not content. The task's
-        code is, while blocks of one index are still being made.
+        How the task was named, where its checkpoints lie and how examples were batched are not content.
         """
-        mine, theirs = self._content(with_code), other._content(with_code)
-        return [f"{name}: {mine[name]} -> {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        mine, theirs = self._content(), other._content()
+        return [
+            f"{name}: {mine[name]} -> {theirs[name]}"
+            for name in mine
+            if mine[name] != theirs[name] and name not in ignoring
+        ]
 
-    def _content(self, with_code: bool) -> dict[str, Any]:
+    def _content(self) -> dict[str, Any]:
         data = self.to_dict()
-        for name in ("task_spec", "task_arguments", "batch_size", "block_rows", *(() if with_code else ("task_code",))):
+        for name in ("task_spec", "task_arguments", "batch_size", "block_rows", "shard_rows"):
             del data[name]
         data["checkpoints"] = [(each.name, each.learning_rate) for each in self.checkpoints]
         return data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A published index.
+class Part:
+    """Rows that were built together: one folder, which never changes once it is published.
 
     Attributes:
-        generation: number of the folder that holds it, from 1.
-        created_at: when it was published, ISO 8601, UTC.
+        folder: below the index's, such as `generations/000001`.
+        plan: that it was built by.
         steps_without_gradient: steps whose sketches are zero because training cut them off from the loss.
         mean_losses: of all examples but the skipped ones, at each checkpoint.
         num_skipped: examples without a finite loss or gradient; their rows are zeros.
         sketching: how each parameter was sketched in the last batch, as `PlanEntry.to_dict` gives it.
-        files: size in bytes and digest of each file written once the blocks were, by path within the generation.
+        files: size in bytes and digest of each file written once the blocks were, by path within the index.
     """
 
+    folder: str
     plan: Plan
-    generation: int
-    created_at: str
     steps_without_gradient: tuple[int, ...]
     mean_losses: tuple[float, ...]
     num_skipped: int
     sketching: tuple[dict[str, Any], ...]
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileFacts]
 
-    def write(self, path: Path) -> None:
-        data = {each.name: getattr(self, each.name) for each in fields(self)}
-        write_sealed(path / MANIFEST, {"format_version": FORMAT_VERSION, **data, "plan": self.plan.to_dict()})
+    def to_dict(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"plan": self.plan.to_dict()}
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
+    def from_dict(cls, data: dict[str, Any]) -> Part:
+        made = {**data, "plan": Plan.from_dict(data["plan"])}
+        for name in ("steps_without_gradient", "mean_losses", "sketching"):
+            made[name] = tuple(data[name])
+        return cls(**made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One generation of an index: what its readers see, all of it or nothing.
+
+    Attributes:
+        generation: its number, from 1; every change that is published makes the next.
+        created_at: when it was published, ISO 8601, UTC.
+        parts: that hold its rows, in their order.
+        deleted: path within the index of the table of deleted rows; None when none is.
+        files: size and digest of that file.
+    """
+
+    generation: int
+    created_at: str
+    parts: tuple[Part, ...]
+    deleted: str | None = None
+    files: Mapping[str, FileFacts] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """Of the first part. All have its loop, config, parameters, checkpoints and number of steps."""
+        return self.parts[0].plan
+
+    @property
+    def num_rows(self) -> int:
+        """Deleted ones included."""
+        return sum(part.plan.num_examples for part in self.parts)
+
+    @property
+    def all_files(self) -> dict[str, FileFacts]:
+        """Every file that this generation reads, but for blocks and their entries."""
+        return {name: facts for each in (*self.parts, self) for name, facts in each.files.items()}
+
+    def write(self, path: Path) -> None:
+        """Publishes it: readers that open the index from now on see it."""
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        data |= {"format_version": FORMAT_VERSION, "parts": [part.to_dict() for part in self.parts]}
+        (path / HISTORY).mkdir(exist_ok=True)
+        write_sealed(path / HISTORY / f"{self.generation:06d}.json", data)
+        write_sealed(path / MANIFEST, data)
+
+    @classmethod
+    def read(cls, path: Path, generation: int | None = None) -> Manifest:
         """The manifest of the index in this folder.
 
+        Args:
+            path: of the index.
+            generation: an earlier one that is still kept; None: the last.
+
         Raises:
-            IndexNotFoundError: no index, or an unfinished one.
+            IndexNotFoundError: no index, an unfinished one, or no such generation.
             IndexDamagedError: it can't be read, or has another format version.
         """
-        data = _read_manifest(path)
+        data = _read_manifest(path, generation)
         _check_version(path, data.pop("format_version", None))
         try:
-            data["plan"] = Plan.from_dict(data["plan"])
-            for name in ("steps_without_gradient", "mean_losses", "sketching"):
-                data[name] = tuple(data[name])
-            return cls(**data)
+            return cls(**{**data, "parts": tuple(map(Part.from_dict, data["parts"]))})
         except (KeyError, TypeError, ValueError) as error:
             raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
+
+    @staticmethod
+    def kept(path: Path) -> list[int]:
+        """Numbers of the generations that can be opened, from the earliest to the last; none before the first."""
+        if not (path / MANIFEST).exists():
+            return []
+        last = Manifest.read(path).generation  # what was written beside it by a publication that was cut is not kept
+        numbers = (int(file.stem) for file in (path / HISTORY).glob("*.json"))
+        return sorted({last, *(number for number in numbers if number < last)})
 
 
 def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
@@ -153,11 +223,16 @@ def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
     return {name: file_digest(file) for name, file in files.items() if file.is_file()}
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path, generation: int | None) -> dict[str, Any]:
+    file = path / MANIFEST if generation is None else path / HISTORY / f"{generation:06d}.json"
     try:
-        return read_sealed(path / MANIFEST)
+        return read_sealed(file)
     except FileNotFoundError:
-        if (path / "generations").is_dir():
+        if generation is not None and (path / MANIFEST).exists():
+            raise IndexNotFoundError(
+                f"index {path} has no generation {generation}; it keeps {', '.join(map(str, Manifest.kept(path)))}"
+            ) from None
+        if (path / PARTS).is_dir():
             raise IndexNotFoundError(
                 f"index {path} is unfinished: run the same `loopsway build` again, it goes on where it was"
             ) from None

@@ -1,4 +1,4 @@
-"""The end of a build: FAISS indices, a measurement of their recall, and the manifest that publishes the generation."""
+"""The end of a build: FAISS indices, a measurement of their recall, and the manifest that publishes a generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from .files import file_digest, sync, write_json
 from .index import EXAMPLES, FAISS_FOLDER, RECALL, SKIPPED
-from .manifest import Manifest
+from .manifest import FileFacts, Manifest, Part
 from .progress import BuildProgress
 from .search import Slot, open_slots
 from .stopping import Stop
@@ -23,10 +23,10 @@ RECALL_QUERIES, RECALL_K = 16, 10
 ROWS_OF_A_QUERY = 8
 
 
-def publish(
+def finished_part(
     path: Path, generation: Generation, sketching: Sequence[dict[str, Any]], bars: BuildProgress, stop: Stop
-) -> None:
-    """Builds what search needs from the stored blocks and publishes the index. Begun again, it starts over.
+) -> Part:
+    """Builds what search needs from the stored blocks. Begun again, it starts over.
 
     Args:
         path: the index's folder.
@@ -45,6 +45,7 @@ def publish(
     recalls: dict[str, float] = {}
     for step, slot in slots.items():
         slot.build(folder)
+        slot.load(folder)
         recalls["total" if step is None else str(step)] = _recall(slot)
         slot.unload()
         bars.advance()
@@ -65,26 +66,39 @@ def publish(
     _write_skipped(generation, skipped)
     files = [generation.path / name for name in (EXAMPLES, SKIPPED, RECALL)]
     files += [*sorted(folder.glob("*.faiss")), *sorted((generation.path / ARRAYS).rglob("zarr.json"))]
-    for file in files:
-        sync(file)
     sync(folder)
     silent = [set(entry.steps_without_gradient) for entry in entries if len(entry.skipped) < entry.num_rows]
     sums = np.sum([entry.loss_sums for entry in entries], axis=0)
-    Manifest(
+    return Part(
+        folder=generation.path.relative_to(path).as_posix(),
         plan=generation.plan,
-        generation=int(generation.path.name),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        steps_without_gradient=tuple(sorted(set.intersection(*silent))),
-        mean_losses=tuple((sums / (generation.plan.num_examples - len(skipped))).tolist()),
+        steps_without_gradient=tuple(sorted(set.intersection(*silent))) if silent else (),
+        mean_losses=tuple((sums / max(1, generation.plan.num_examples - len(skipped))).tolist()),
         num_skipped=len(skipped),
         sketching=tuple(sketching),
-        files={
-            file.relative_to(generation.path).as_posix(): {
-                "size_bytes": file.stat().st_size,
-                "digest": file_digest(file),
-            }
-            for file in files
-        },
+        files=file_facts(path, files),
+    )
+
+
+def file_facts(path: Path, files: Sequence[Path]) -> dict[str, FileFacts]:
+    """Size and digest of files of the index in this folder, which are made durable."""
+    for file in files:
+        sync(file)
+    return {
+        file.relative_to(path).as_posix(): {"size_bytes": file.stat().st_size, "digest": file_digest(file)}
+        for file in files
+    }
+
+
+def publish(path: Path, parts: Sequence[Part], deleted: Path | None = None) -> None:
+    """Publishes these parts, without the deleted rows, as the index's next generation."""
+    kept = Manifest.kept(path)
+    Manifest(
+        generation=max(kept, default=0) + 1,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        parts=tuple(parts),
+        deleted=None if deleted is None else deleted.relative_to(path).as_posix(),
+        files={} if deleted is None else file_facts(path, [deleted]),
     ).write(path)
 
 

@@ -2,9 +2,10 @@
 
 N rows, M queries, W width, k results of each sign.
 
-The FAISS index of a slot holds the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes
-(whose scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Its candidates are
-scored again with the codes themselves and the float32 query.
+The FAISS indices of a slot hold the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit
+codes (whose scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Their
+candidates are scored again with the codes themselves and the float32 query. A slot has a FAISS index, and a file, for
+each *shard* of its rows, so that building one takes bounded memory.
 
 This is the only file that imports faiss.
 """
@@ -24,6 +25,7 @@ from .store import Generation
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32
 DECODED_BYTES = 256 << 20  # of candidates that one search decodes at once
+SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
 class Slot:
@@ -34,55 +36,74 @@ class Slot:
         step: its number; None is the total over steps.
         factors: [N] of the codes.
         norms: [N] of the sketches.
+        deleted: rows that no search finds.
     """
 
-    def __init__(self, generation: Generation, step: int | None, *, factors: np.ndarray, norms: np.ndarray) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        step: int | None,
+        *,
+        factors: np.ndarray,
+        norms: np.ndarray,
+        deleted: np.ndarray | None = None,
+    ) -> None:
         self.step, self.factors, self.norms = step, factors, norms
         self._generation, self._bits = generation, generation.plan.config.bits
-        self._faiss: Any = None
+        self._shards = generation.plan.shards()
+        is_deleted = np.zeros(len(factors), bool)
+        if deleted is not None:
+            is_deleted[deleted] = True
+        self._deleted = [np.flatnonzero(is_deleted[shard.start : shard.stop]) for shard in self._shards]
+        self._faiss: list[Any] = []
 
-    @property
-    def file_name(self) -> str:
-        return "total.faiss" if self.step is None else f"step-{self.step:04d}.faiss"
+    def file_name(self, shard: int) -> str:
+        step = "total" if self.step is None else f"step-{self.step:04d}"
+        return f"{step}-{shard:02d}.faiss"
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Decoded rows, float32 [n, W]."""
         return decode(self._generation.codes(self.step, rows), self.factors[rows], self._bits)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All decoded rows in order, a block at a time, float32 [n, W]."""
+    def blocks(self, rows: range | None = None) -> Iterator[np.ndarray]:
+        """All decoded rows in order, or those of one shard, a block at a time, float32 [n, W]."""
         plan = self._generation.plan
-        for block in range(plan.num_blocks):
-            rows = plan.rows_of(block)
-            factors = self.factors[rows.start : rows.stop]
+        rows = range(plan.num_examples) if rows is None else rows
+        for block in range(rows.start // plan.block_rows, -(-rows.stop // plan.block_rows)):
+            own = plan.rows_of(block)
+            factors = self.factors[own.start : own.stop]
             yield decode(self._generation.block_codes(self.step, block), factors, self._bits)
 
     def build(self, folder: Path) -> None:
-        """Makes the slot's FAISS index and writes it into a folder."""
-        faiss = import_faiss()
-        index = _new_index(faiss, self._generation.plan.width, self._bits)
-        scale = self._scale()
-        index.train(self._extremes(scale))
-        for rows in self.blocks():
-            index.add(rows * np.float32(scale))
-        faiss.write_index(index, str(folder / self.file_name))
-        self._faiss = index
+        """Makes the slot's FAISS indices, one after another, and writes them into a folder."""
+        faiss, scale = import_faiss(), self._scale()
+        for shard, rows in enumerate(self._shards):
+            index = _new_index(faiss, self._generation.plan.width, self._bits)
+            index.train(self._extremes(rows, scale))
+            for block in self.blocks(rows):
+                index.add(block * np.float32(scale))
+            faiss.write_index(index, str(folder / self.file_name(shard)))
 
     def load(self, folder: Path) -> None:
-        """Opens the slot's FAISS index, memory-mapped where FAISS can."""
-        faiss, file = import_faiss(), folder / self.file_name
+        """Opens the slot's FAISS indices, memory-mapped where FAISS can."""
+        self._faiss = [
+            self._loaded(folder / self.file_name(shard), len(rows)) for shard, rows in enumerate(self._shards)
+        ]
+
+    def unload(self) -> None:
+        """Frees the FAISS indices."""
+        self._faiss = []
+
+    def _loaded(self, file: Path, num_rows: int) -> Any:
+        faiss = import_faiss()
         try:
             index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             raise IndexDamagedError(f"FAISS index {file} can't be read: {error}") from error
-        expected = (len(self.factors), self._generation.plan.width)
+        expected = (num_rows, self._generation.plan.width)
         if (index.ntotal, index.d) != expected:
             raise IndexDamagedError(f"FAISS index {file} has (rows, width) {(index.ntotal, index.d)}, not {expected}")
-        self._faiss = index
-
-    def unload(self) -> None:
-        """Frees the FAISS index."""
-        self._faiss = None
+        return index
 
     def search(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The k rows of largest and the k of smallest estimated inner product with each rotated query.
@@ -95,18 +116,38 @@ class Slot:
             For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row:
             the first k and the last k are the answer.
         """
-        count = min(len(self.factors), max(2 * k, k + EXTRA_CANDIDATES))
-        together = max(1, DECODED_BYTES // (2 * count * queries.shape[1] * 4))
+        count = max(2 * k, k + EXTRA_CANDIDATES)
+        together = max(
+            1, DECODED_BYTES // (2 * min(count * len(self._shards), len(self.factors)) * queries.shape[1] * 4)
+        )
         parts = [queries[start : start + together] for start in range(0, len(queries), together)]
         return [answer for part in parts for answer in self._search_part(part, count)]
 
     def _search_part(self, queries: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         both = np.ascontiguousarray(np.concatenate([queries, -queries]))
-        found = self._faiss.search(both, count)[1].reshape(2, len(queries), count)  # row numbers
+        found = np.concatenate([self._candidates(shard, both, count) for shard in range(len(self._shards))], axis=1)
         rows, places = np.unique(found, return_inverse=True)
         scores = inner_products(queries, self.rows(rows))
-        places = places.reshape(found.shape)
+        places = places.reshape(2, len(queries), -1)
         return [self._ranked(rows, scores[query], np.unique(places[:, query])) for query in range(len(queries))]
+
+    def _candidates(self, shard: int, queries: np.ndarray, count: int) -> np.ndarray:
+        """Rows of a shard that score highest, as FAISS sees it: int64 [M, n], with n = count or all that are there."""
+        rows, deleted = self._shards[shard], self._deleted[shard]
+        count = min(count, len(rows) - len(deleted))
+        if not count:
+            return np.empty((len(queries), 0), np.int64)
+        return self._faiss[shard].search(queries, count, params=self._parameters(deleted))[1] + rows.start
+
+    def _parameters(self, deleted: np.ndarray) -> Any:
+        """Of a FAISS search, which leaves deleted rows out as it goes; None if there are none."""
+        if not len(deleted):
+            return None
+        faiss = import_faiss()
+        kept = faiss.IDSelectorNot(faiss.IDSelectorBatch(deleted))
+        if self._bits == 1:
+            return faiss.RaBitQSearchParameters(sel=kept, qb=QUERY_BITS)
+        return faiss.SearchParameters(sel=kept)
 
     def exact_search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Scores of the k best rows of each query by reading every code: the oracle of `search`; [M, k]."""
@@ -128,13 +169,19 @@ class Slot:
         largest = float(live.max())
         return 1 / max(float(live.min()), largest / 1e15) if self._bits == 1 else 1 / largest
 
-    def _extremes(self, scale: float) -> np.ndarray:
+    def _extremes(self, rows: range, scale: float) -> np.ndarray:
         """The least and the largest of each coordinate, [2, W]: all that a scalar quantizer learns from training."""
         low = high = np.zeros(self._generation.plan.width, np.float32)
         if self._bits in (2, 4, 8):
-            for rows in self.blocks():
-                low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
+            for block in self.blocks(rows):
+                low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
         return np.stack([low, high]) * np.float32(scale)
+
+
+def shard_rows(num_examples: int, bytes_of_a_row: int, block_rows: int) -> int:
+    """Rows of a shard for a new part: whole blocks."""
+    least = max(SHARD_BYTES // bytes_of_a_row, -(-num_examples // MOST_SHARDS))
+    return -(-least // block_rows) * block_rows
 
 
 def inner_products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -164,12 +211,18 @@ def _new_index(faiss: Any, width: int, bits: int) -> Any:
     return faiss.IndexScalarQuantizer(width, kind, metric)
 
 
-def open_slots(generation: Generation) -> dict[int | None, Slot]:
-    """The slots of a generation, by step, the total under None; their FAISS indices are not loaded yet."""
+def open_slots(generation: Generation, deleted: np.ndarray | None = None) -> dict[int | None, Slot]:
+    """The slots of a generation, by step, the total under None; their FAISS indices are not loaded yet.
+
+    Args:
+        generation: with all blocks written.
+        deleted: rows that no search finds.
+    """
     arrays = {name: generation.array(name) for name in ("step_factors", "step_norms", "total_factors", "total_norms")}
     slots: dict[int | None, Slot] = {
-        None: Slot(generation, None, factors=arrays["total_factors"], norms=arrays["total_norms"])
+        None: Slot(generation, None, factors=arrays["total_factors"], norms=arrays["total_norms"], deleted=deleted)
     }
     for step in range(generation.plan.num_steps):
-        slots[step] = Slot(generation, step, factors=arrays["step_factors"][step], norms=arrays["step_norms"][step])
+        factors, norms = arrays["step_factors"][step], arrays["step_norms"][step]
+        slots[step] = Slot(generation, step, factors=factors, norms=norms, deleted=deleted)
     return slots

@@ -30,6 +30,9 @@ from .manifest import IndexDamagedError, Plan
 
 ARRAYS = "arrays.zarr"
 BLOCKS = "blocks"
+# Of each array, the dimension of the rows.
+ROW_AXES = {"step_codes": 1, "step_factors": 1, "step_norms": 1, "total_codes": 0, "total_factors": 0, "total_norms": 0,
+            "losses": 1}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +227,13 @@ class Generation:
             raise IndexDamagedError(f"array {name} of {self.path} has rows that were never written")
         return values
 
-    def rows(self, name: str, rows: Sequence[int]) -> np.ndarray:
-        """Losses, factors or norms of some rows of finished blocks, [.., n]."""
-        return np.asarray(self._group("r")[name][..., : max(rows) + 1])[..., np.array(rows)]
+    def rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """All that is stored of some rows of finished blocks, by array; in the arrays' shapes, with n for N."""
+        group = self._group("r")
+        small = [name for name in ROW_AXES if not name.endswith("_codes")]
+        read = {name: np.asarray(group[name][..., : int(rows.max(initial=-1)) + 1])[..., rows] for name in small}
+        steps = [self.codes(step, rows) for step in range(self.plan.num_steps)]
+        return read | {"step_codes": np.stack(steps), "total_codes": self.codes(None, rows)}
 
     def codes(self, step: int | None, rows: np.ndarray) -> np.ndarray:
         """Codes of these rows of one step, or of the total where step is None; [n, L].

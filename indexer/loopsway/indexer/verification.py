@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .files import SealError, file_digest, read_sealed
-from .index import generation_folder
-from .manifest import PLAN, IndexDamagedError, Manifest
+from .manifest import HISTORY, MANIFEST, PLAN, IndexDamagedError, Manifest
 from .progress import BuildProgress
 from .store import Generation
 
@@ -45,34 +44,37 @@ def verify_index(path: str | Path, *, progress: bool = True) -> list[Damage]:
     try:
         manifest = Manifest.read(path)
     except IndexDamagedError as error:
-        return [Damage(file=path / "manifest.json", problem=str(error))]
-    folder = generation_folder(path, manifest.generation)
-    generation = Generation(folder, manifest.plan)
+        return [Damage(file=path / MANIFEST, problem=str(error))]
+    stored = [Generation(path / part.folder, part.plan) for part in manifest.parts]
     with BuildProgress(shown=progress) as bars:
-        found = {damage.file: damage for damage in _damaged_files(folder, manifest)}
-        bars.begin("reading blocks", manifest.plan.num_blocks)
-        for block in range(manifest.plan.num_blocks):
-            for damage in _damages_of(generation, block):
-                found.setdefault(damage.file, damage)
-            bars.advance()
+        found = {damage.file: damage for damage in _damaged_files(path, manifest)}
+        bars.begin("reading blocks", sum(part.plan.num_blocks for part in manifest.parts))
+        for generation in stored:
+            for block in range(generation.plan.num_blocks):
+                for damage in _damages_of(generation, block):
+                    found.setdefault(damage.file, damage)
+                bars.advance()
     return list(found.values())
 
 
-def _damaged_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
-    for name, facts in manifest.files.items():
-        file = folder / name
+def _damaged_files(path: Path, manifest: Manifest) -> Iterator[Damage]:
+    for name, facts in manifest.all_files.items():
+        file = path / name
         if not file.is_file():
             yield Damage(file=file, problem="is missing")
         elif file.stat().st_size != facts["size_bytes"]:
             yield Damage(file=file, problem=f"has {file.stat().st_size:,} bytes, not {facts['size_bytes']:,}")
         elif file_digest(file) != facts["digest"]:
             yield Damage(file=file, problem="does not match its digest")
-    try:
-        read_sealed(folder / PLAN)
-    except FileNotFoundError:
-        yield Damage(file=folder / PLAN, problem="is missing")
-    except SealError as error:
-        yield Damage(file=folder / PLAN, problem=str(error))
+    sealed = [path / part.folder / PLAN for part in manifest.parts]
+    sealed += [path / HISTORY / f"{generation:06d}.json" for generation in {*Manifest.kept(path), manifest.generation}]
+    for file in sealed:
+        try:
+            read_sealed(file)
+        except FileNotFoundError:
+            yield Damage(file=file, problem="is missing")
+        except SealError as error:
+            yield Damage(file=file, problem=str(error))
 
 
 def _damages_of(generation: Generation, block: int) -> list[Damage]:
