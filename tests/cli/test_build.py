@@ -49,6 +49,7 @@ def test_another_configuration_for_the_same_path_is_refused_in_one_line(tiny_ind
         (["--bits", "3"], "bits is 3, expected one of 1, 2, 4"),
         (["--task-arg", "learning_rate"], "is not KEY=VALUE"),
         (["--batch-size", "0"], "0 is not in the range x>=1"),
+        (["--workers", "2", "--address", "auto"], "--workers, --address: for --engine ray alone"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(tmp_path: Path, options: list[str], text: str) -> None:

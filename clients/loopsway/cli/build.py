@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,10 +16,23 @@ if TYPE_CHECKING:
 
 
 def sketching_options(command: Command) -> Command:
-    """Adds the options of how examples are sketched, whatever they are for."""
+    """Adds the options of how examples are sketched, whatever they are for; the command gets them as `sketching`."""
+
+    @functools.wraps(command)
+    def with_sketching(**options: Any) -> Any:
+        sketching = {name: options.pop(name) for name in _SKETCHING_NAMES}
+        given = [f"--{name}" for name in ("workers", "address") if sketching[name] is not None]
+        if given and sketching["engine"] != "ray":
+            raise click.UsageError(f"{', '.join(given)}: for --engine ray alone")
+        return command(sketching=sketching, **options)
+
+    decorated: Any = with_sketching
     for option in reversed(_SKETCHING):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
+
+
+_SKETCHING_NAMES = ("batch_size", "device", "nonfinite", "engine", "workers", "address")
 
 
 _SKETCHING = (
@@ -31,6 +45,15 @@ _SKETCHING = (
         show_default=True,
         help="What to do with an example whose loss or gradient is not finite.",
     ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Who sketches: this process, or actors on a Ray cluster.",
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="--engine ray: actors.  [default: one a GPU, or CPU]"),
+    click.option("--address", help="--engine ray: of the cluster.  [default: RAY_ADDRESS, or one for the build alone]"),
 )
 
 
@@ -52,10 +75,8 @@ def build(
     width: int,
     bits: int,
     seed: int,
-    batch_size: int,
-    device: str,
     optimizer_aware: bool,
-    nonfinite: Literal["stop", "skip"],
+    sketching: dict[str, Any],
 ) -> None:
     """Sketches every training example at every step and checkpoint, and writes the index.
 
@@ -72,10 +93,8 @@ def build(
         width=width,
         bits=bits,
         seed=seed,
-        batch_size=batch_size,
-        device=device,
         optimizer_aware=optimizer_aware,
-        nonfinite=nonfinite,
+        **sketching,
     )
     click.echo(summary(index, time.monotonic() - started))
 
@@ -98,12 +117,10 @@ def build_index(
     width: int,
     bits: int,
     seed: int,
-    batch_size: int,
-    device: str,
     optimizer_aware: bool = False,
-    nonfinite: Literal["stop", "skip"] = "stop",
+    **sketching: Any,
 ) -> Index:
-    """Loads the task and builds; ends the process with a message when it fails or is interrupted."""
+    """Loads the task and builds, as `sketching_options` say; ends the process with a message when that fails."""
     with needs("building needs the indexer", "indexer,cpu"):
         from loopsway import indexer
     try:
@@ -117,7 +134,5 @@ def build_index(
             config,
             task_spec=task,
             task_arguments=task_arguments,
-            batch_size=batch_size,
-            device=device,
-            nonfinite=nonfinite,
+            **sketching,
         )

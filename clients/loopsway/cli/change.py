@@ -21,7 +21,7 @@ NEEDED = ("changing an index needs the indexer", "indexer,cpu")
 @task_options(required=False, help="As of `build`: the same model and checkpoints, and the examples to add.")
 @click.option("--skip-existing", is_flag=True, help="Leave out examples whose ids the index has: of a file that grew.")
 @sketching_options
-def add(path: str, task: str, task_arg: dict[str, Any], skip_existing: bool, **sketching: Any) -> None:
+def add(path: str, task: str, task_arg: dict[str, Any], skip_existing: bool, sketching: dict[str, Any]) -> None:
     """Adds a task's examples to the index at PATH, as its next generation.
 
     Nothing that is there is rewritten. Stopped or killed and run again, it goes on where it was.

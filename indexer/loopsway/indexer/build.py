@@ -56,7 +56,7 @@ def build_index(
         engine: "local", this process; or "ray", actors on a Ray cluster, which need `task_spec` and `task_arguments`
             to make the task, and reach `path` on a file system that they share with this process.
         workers: actors of engine "ray"; None: one for each GPU of the cluster, or CPU where there is none.
-        address: of the Ray cluster; None: the one that runs here, or one that is started for the build.
+        address: of the Ray cluster; None: that of RAY_ADDRESS, or one that is started for the build.
         progress: whether to draw progress on the terminal.
 
     Returns:

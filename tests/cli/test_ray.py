@@ -1,0 +1,25 @@
+"""`loopsway build --engine ray`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from loopsway.indexer import open_index, verify_index
+from serving import TASK_SPEC
+
+from .conftest import run
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; pip install 'loopsway[ray]'")
+def test_two_workers_build_what_one_process_does(tiny_index: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ray.index"
+    options = ["--width", "256", "--bits", "8", "--batch-size", "16", "--engine", "ray", "--workers", "2"]
+    done = run("build", "--task", TASK_SPEC, "--out", path, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path}: 48 examples x 3 steps, ")
+    assert "sketching examples, 2 workers" in done.stderr
+    assert open_index(path).step_norms().tolist() == open_index(tiny_index).step_norms().tolist()
+    assert verify_index(path, progress=False) == []
