@@ -230,8 +230,9 @@ class Generation:
     def rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """All that is stored of some rows of finished blocks, by array; in the arrays' shapes, with n for N."""
         group = self._group("r")
+        first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
         small = [name for name in ROW_AXES if not name.endswith("_codes")]
-        read = {name: np.asarray(group[name][..., : int(rows.max(initial=-1)) + 1])[..., rows] for name in small}
+        read = {name: np.asarray(group[name][..., first:end])[..., rows - first] for name in small}
         steps = [self.codes(step, rows) for step in range(self.plan.num_steps)]
         return read | {"step_codes": np.stack(steps), "total_codes": self.codes(None, rows)}
 
