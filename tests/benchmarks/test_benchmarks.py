@@ -25,6 +25,7 @@ ROWS = {
         *("| reference, m=22 | 264 |", "| 32 | 256 | 1 |"),
         *("| B | 4 |", "| steps | 2 |", "| T | 16 |", "| 1024 |", "| 512 | "),
     ],
+    "bench_store.py": ["| 300 |", "| (b) looped GPT, d=32, T=16, 2 steps, batch 4 | 16 |"],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 
