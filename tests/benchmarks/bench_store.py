@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_store.py [--folder FOLDER] [--smoke]
 
-The index is synthetic: random codes of W=8192 at 1 bit, 8 steps, 2 checkpoints. Each size runs in a process of its own,
-whose resident memory is read before and after. The second table is of what writing adds to sketching: blocks of 128
+The index is synthetic: random codes of W=8192 at 1 bit, 8 steps, 2 checkpoints, in blocks of 2,048 rows. Each size runs
+in a process of its own, whose memory is watched. The second table is of what writing adds to sketching: blocks of 128
 examples of bench_sketch.py's workload (b).
 """
 
@@ -31,7 +31,7 @@ from measurement import markdown_table, parse_arguments
 from sketch_models import workload
 
 from loopsway.indexer import Checkpoint, ExampleSketcher, Loop, SketchConfig, open_index, verify_index
-from loopsway.indexer.building import new_block_rows
+from loopsway.indexer.building import MOST_BLOCK_ROWS
 from loopsway.indexer.coding import Codes, code_examples, row_bytes
 from loopsway.indexer.index import EXAMPLES
 from loopsway.indexer.manifest import Plan
@@ -48,7 +48,7 @@ MIB = 1 << 20
 
 
 def synthetic_plan(count: int, width: int) -> Plan:
-    rows = new_block_rows(count)
+    rows = MOST_BLOCK_ROWS
     return Plan(
         fingerprint="synthetic",
         task_spec=None,

@@ -24,7 +24,7 @@ from .store import Generation
 
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32
-DECODED_BYTES = 256 << 20  # of candidates that one search decodes at once
+DECODED_BYTES = 32 << 20  # of candidates that one search decodes at once
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
