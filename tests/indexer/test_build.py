@@ -179,5 +179,5 @@ def test_exact_gradients_build_no_index(tmp_path: Path) -> None:
 def test_progress_shows_rate_and_time_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build(tmp_path / "shown.index", progress=True)
     shown = capfd.readouterr().err
-    for text in ("sketching examples", "50/50", "indexing steps", "5/5", "left"):
+    for text in ("sketching examples, 4 of 4 blocks stored", "50/50", "indexing steps", "5/5", "left"):
         assert text in shown

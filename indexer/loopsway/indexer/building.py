@@ -142,8 +142,9 @@ class PartBuilder:
         bars.begin(self._engine.title, plan.num_examples, done=done)
         missing = [block for block in range(plan.num_blocks) if block not in finished]
         with closing(self._engine.run(generation, missing, bars.advance)) as stored:
-            for block in stored:
+            for count, block in enumerate(stored, start=len(finished) + 1):
                 done += len(plan.rows_of(block))
+                bars.describe(f"{self._engine.title}, {count} of {plan.num_blocks} blocks stored")
                 stop.raise_if_asked(
                     f"stopped as asked: {done:,} of {plan.num_examples:,} examples are stored in {path}; run the same "
                     "command to go on"

@@ -49,6 +49,11 @@ class BuildProgress:
         """Starts a stage's bar; `done` of `total` were finished before, and don't count as speed."""
         self._current = self._bars.add_task(what, total=total, completed=done)
 
+    def describe(self, what: str) -> None:
+        """Says more of what the current stage does."""
+        assert self._current is not None
+        self._bars.update(self._current, description=what)
+
     def announce_stop(self) -> None:
         """Says that a signal was heard."""
         self._bars.console.print("stopping after this block; once more to stop at once and lose the block")
