@@ -9,25 +9,27 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 from looped import LoopedTask
-from loopsway.indexer import SketchConfig, blocks, build_index, manifest, search, store
+from loopsway.indexer import SketchConfig, blocks, build_index, lock, manifest, search, store
 
 COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
 CONFIG = SketchConfig(width=256, bits=1)
+LEASE_S = 0.9  # of the lock on an object store
 POINTS = ("in a block", "after chunks", "after an entry", "while indexing", "before publishing", "after publishing")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["cutting"])
 
 
-def start_build(path: Path, log: Path, point: str | None = None) -> Any:
+def start_build(path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}) -> Any:
     """Starts a build; `log` gets the number of each block that is computed."""
     _start_server()
-    process = _CONTEXT.Process(target=_build, args=(path, log, point))
+    process = _CONTEXT.Process(target=_build, args=(path, log, point, dict(environment)))
     process.start()
     return process
 
@@ -45,24 +47,28 @@ def _start_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def finished_build(path: Path, log: Path, point: str | None = None) -> int:
+def finished_build(
+    path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}
+) -> int:
     """The exit code of a build that ends by itself; -9 when it killed itself at its point."""
-    process = start_build(path, log, point)
+    process = start_build(path, log, point, environment)
     process.join(timeout=120)
     assert process.exitcode is not None, "the build hangs"
     return process.exitcode
 
 
-def killed_build(path: Path, log: Path, after_s: float) -> bool:
+def killed_build(path: Path | str, log: Path, after_s: float, environment: Mapping[str, str] = {}) -> bool:
     """Kills a build after some time; whether it was still running."""
-    process = start_build(path, log)
+    process = start_build(path, log, environment=environment)
     time.sleep(after_s)
     process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
 
 
-def _build(path: Path, log: Path, point: str | None) -> None:
+def _build(path: Path | str, log: Path, point: str | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    lock.LEASE_S = LEASE_S
     _note_blocks(log)
     _kill_at(point)
     build_index(LoopedTask(count=COUNT), path, CONFIG, block_rows=BLOCK_ROWS, batch_size=BATCH_SIZE, progress=False)

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from looped_gpt import gsm8k_folder, gsm8k_texts, synthetic_texts
 from measurement import markdown_table, parse_arguments
 from sketch_models import workload
@@ -33,10 +32,11 @@ from sketch_models import workload
 from loopsway.indexer import Checkpoint, ExampleSketcher, Loop, SketchConfig, open_index, verify_index
 from loopsway.indexer.building import MOST_BLOCK_ROWS
 from loopsway.indexer.coding import Codes, code_examples, row_bytes
-from loopsway.indexer.index import EXAMPLES
-from loopsway.indexer.manifest import Plan
+from loopsway.indexer.folders import LocalFolder
+from loopsway.indexer.manifest import PLAN, Plan
 from loopsway.indexer.progress import BuildProgress
 from loopsway.indexer.publication import finished_part, publish
+from loopsway.indexer.sealed import write_sealed
 from loopsway.indexer.search import shard_rows
 from loopsway.indexer.stopping import Stop
 from loopsway.indexer.store import CodedExamples, Generation
@@ -81,9 +81,9 @@ def random_block(plan: Plan, block: int) -> CodedExamples:
 def measured(folder: Path, count: int, width: int, repeats: int) -> dict[str, float]:
     """One size: seconds, and MiB of resident memory."""
     path, plan = folder / "synthetic.index", synthetic_plan(count, width)
-    part = path / "generations" / "000001"
-    part.mkdir(parents=True)
-    generation = Generation(part, plan)
+    name = "generations/000001"
+    part = path / name
+    generation = Generation(LocalFolder(part), plan)
     generation.create()
     found: dict[str, float] = {}
     seconds, raw = [], []
@@ -94,9 +94,16 @@ def measured(folder: Path, count: int, width: int, repeats: int) -> dict[str, fl
             raw.append(timed(lambda block=block, coded=coded: raw_write(folder / f"raw-{block}", coded)))
         found |= {"write": sum(seconds), "raw write": sum(raw), "write MiB": peak()}
     ids = [f"example-{row}" for row in range(count)]
-    pyarrow.parquet.write_table(pa.table({"id": ids, "description": ids}), part / EXAMPLES)
+    write_sealed(LocalFolder(part), PLAN, plan.to_dict())
+    table = pa.table({"id": ids, "description": ids})
+
+    def finish() -> None:
+        stop = Stop(lambda: None)
+        made = finished_part(LocalFolder(path), name, generation, table, sketching=[], bars=bars, stop=stop)
+        publish(LocalFolder(path), [made], lambda: None)
+
     with peak_memory() as peak, BuildProgress(shown=False) as bars:
-        found["index"] = timed(lambda: publish(path, [finished_part(path, generation, [], bars, Stop(lambda: None))]))
+        found["index"] = timed(finish)
         found["index MiB"] = peak()
     found["bytes"] = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
     found["verify"] = statistics.median(timed(lambda: verify_index(path, progress=False)) for _ in range(repeats))
@@ -212,8 +219,7 @@ def share_table(folder: Path, *, smoke: bool, repeats: int) -> str:
         losses = np.repeat(sketches.losses.numpy(), len(CHECKPOINTS), axis=0)
         coded = CodedExamples(steps=steps, total=total, losses=losses, steps_without_gradient=())
         part = folder / f"share-{turn}"
-        part.mkdir()
-        generation = Generation(part, _with_steps(plan, sketches.values.shape[1]))
+        generation = Generation(LocalFolder(part), _with_steps(plan, sketches.values.shape[1]))
         generation.create()
         writing.append(timed(lambda generation=generation, coded=coded: generation.write(0, coded)))
     share = statistics.median(writing) / statistics.median(sketching)

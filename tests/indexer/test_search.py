@@ -49,7 +49,7 @@ def one_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, np.ndarray
 
 def read_slots(index: Index) -> dict[int | None, np.ndarray]:
     """Our own reading of the codes with plain zarr: decoded rows by step, the total under None."""
-    group: Any = zarr.open_group(next((index.path / "generations").iterdir()) / "arrays.zarr", mode="r")
+    group: Any = zarr.open_group(next((Path(index.path) / "generations").iterdir()) / "arrays.zarr", mode="r")
     arrays = {name: group[name][...] for name in ("step_codes", "step_factors", "total_codes", "total_factors")}
     slots: dict[int | None, np.ndarray] = {None: decode(arrays["total_codes"], arrays["total_factors"], index.bits)}
     for step in range(index.num_steps):
@@ -83,7 +83,7 @@ def test_faiss_scores_equal_our_reading_of_the_codes(one_bit: tuple[Index, np.nd
     index, queries = one_bit
     slots, vectors = read_slots(index), rotated(index, queries)[:, -1]
     for slot, name in ((None, "total"), (2, "step-0002")):
-        loaded: Any = faiss.read_index(str(next(index.path.rglob(f"{name}-00.faiss"))))
+        loaded: Any = faiss.read_index(str(next(Path(index.path).rglob(f"{name}-00.faiss"))))
         loaded.qb = 0  # the query unquantized
         scores, rows = loaded.search(vectors, 20)
         norms = index.total_norms() if slot is None else index.step_norms()[slot]

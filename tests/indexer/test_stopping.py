@@ -63,9 +63,9 @@ def test_a_second_signal_ends_it_at_once(whole_index: Path, tmp_path: Path) -> N
 def test_a_signal_ends_the_indexing_too(whole_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, make = tmp_path / "stopped.index", Slot.build
 
-    def signalling(self: Slot, folder: Path) -> None:
+    def signalling(self: Slot) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        make(self, folder)
+        return make(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Slot, "build", signalling)

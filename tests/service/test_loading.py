@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task
-from loopsway.indexer.files import read_sealed, write_sealed
+from loopsway.indexer.folders import LocalFolder
+from loopsway.indexer.sealed import read_sealed, write_sealed
 from loopsway.service import LoadError, Settings, load_engine
 from serving import CONFIG, TASK_SPEC
 
@@ -21,9 +22,9 @@ def test_the_task_that_an_index_names_does_not_run_unasked(index_path: Path) -> 
 
 def test_a_path_that_poses_as_a_shipped_task_does_not_run(index_path: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(index_path, tmp_path / "posing.index")
-    manifest = read_sealed(copy / "manifest.json")
+    manifest = read_sealed(LocalFolder(copy), "manifest.json")
     manifest["parts"][0]["plan"]["task_spec"] = f"loopsway.tasks./../{TASK_SPEC}"
-    write_sealed(copy / "manifest.json", manifest)
+    write_sealed(LocalFolder(copy), "manifest.json", manifest)
     with pytest.raises(LoadError, match="not one of Loopsway's own"):
         load_engine(copy)
 

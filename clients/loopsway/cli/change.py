@@ -88,4 +88,6 @@ def prune(path: str, keep: int) -> None:
 
         pruned = prune_index(path, keep=keep)
     numbers = ", ".join(map(str, pruned.generations)) or "none"
-    click.echo(f"{path}: removed generations {numbers}; {pruned.folders} folders, {pruned.size_bytes / 2**20:,.1f} MiB")
+    click.echo(
+        f"{path}: removed generations {numbers}; {len(pruned.parts)} parts, {pruned.size_bytes / 2**20:,.1f} MiB"
+    )

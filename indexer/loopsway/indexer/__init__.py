@@ -9,10 +9,10 @@ from .build import add_examples, build_index
 from .config import Checkpoint, Loop, SketchConfig
 from .editing import compact_index, delete_examples, prune_index
 from .features import ExampleSketcher
-from .folders import StorageError
+from .folders import IndexDamagedError, StorageError
 from .index import Index, UnknownExampleError, open_index
 from .lock import IndexLockedError
-from .manifest import IndexDamagedError, IndexExistsError, IndexNotFoundError
+from .manifest import IndexExistsError, IndexNotFoundError
 from .plan import PlanEntry
 from .ranking import Example, Influencers, Ranked, Ranking
 from .sketcher import StepSketcher

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from .addresses import open_folder
 from .blocks import NonFinite
 from .building import PartBuilder
 from .config import SketchConfig
 from .examples import SubsetTask
-from .folders import clear_storage_errors
+from .folders import Folder, clear_storage_errors
 from .index import Index, open_index
 from .lock import writer_lock
-from .manifest import MANIFEST, IndexExistsError, Manifest, Plan
+from .manifest import IndexExistsError, Manifest, Plan, is_published
 from .publication import publish
 from .search import import_faiss
 from .task import Task, TaskError
@@ -44,7 +45,7 @@ def build_index(
 
     Args:
         task: model, checkpoints and examples.
-        path: the index's folder, `NAME.index`.
+        path: the index's folder, `NAME.index`; or its URL in an object store, `s3://bucket/NAME.index`.
         config: of the sketches.
         task_spec: how the task was named, `path/to/file.py:ClassName`, kept in the index for those who serve it.
         task_arguments: its constructor's arguments, kept likewise.
@@ -54,7 +55,7 @@ def build_index(
         nonfinite: what to do with an example whose loss or gradient is not finite: "stop" the build, or "skip" the
             example, which is then in no answer, and is listed in the index's `skipped`.
         engine: "local", this process; or "ray", actors on a Ray cluster, which need `task_spec` and `task_arguments`
-            to make the task, and reach `path` on a file system that they share with this process.
+            to make the task, and reach `path` on a file system or object store that they share with this process.
         workers: actors of engine "ray"; None: one for each GPU of the cluster, or CPU where there is none.
         address: of the Ray cluster; None: that of RAY_ADDRESS, or one that is started for the build.
         progress: whether to draw progress on the terminal.
@@ -72,9 +73,10 @@ def build_index(
         TaskError: what the task returned breaks its contract.
         ValueError: the model or its losses can't be attributed.
     """
-    path, is_finished = Path(path), (Path(path) / MANIFEST).exists()
+    folder = open_folder(path)
     import_faiss()  # fail before the work, not after it
-    with clear_storage_errors(path), nullcontext() if is_finished else writer_lock(path):
+    is_finished = is_published(folder)
+    with clear_storage_errors(folder), nullcontext(_nothing) if is_finished else writer_lock(folder) as confirm:
         builder = PartBuilder(
             task,
             config,
@@ -90,9 +92,9 @@ def build_index(
             progress=progress,
         )
         if is_finished:
-            _refuse_other_plan(path, Manifest.read(path).plan, builder.plan, ignoring=["task_code"])
+            _refuse_other_plan(folder, Manifest.read(folder).plan, builder.plan, ignoring=["task_code"])
         else:
-            publish(path, [builder.build(path)])
+            publish(folder, [builder.build(folder)], confirm)
     return open_index(path)
 
 
@@ -141,9 +143,9 @@ def add_examples(
         TaskError: an id is in the index already, the metadata has other columns, or there is nothing to add.
         IndexLockedError, NonFiniteExampleError, StoppedError, StorageError, ValueError: as `build_index`.
     """
-    path = Path(path)
+    folder = open_folder(path)
     config = open_index(path).config
-    with clear_storage_errors(path), writer_lock(path):
+    with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         rows = _new_rows(task, index, skip_existing=skip_existing)
         is_whole = len(rows) == len(task.examples())
@@ -164,19 +166,23 @@ def add_examples(
             progress=progress,
         )
         _refuse_other_plan(
-            path, index.manifest.plan, builder.plan, ignoring=["task_code", "num_examples", "examples_digest"]
+            folder, index.manifest.plan, builder.plan, ignoring=["task_code", "num_examples", "examples_digest"]
         )
         _refuse_other_columns(index, builder.table)
-        part = builder.build(path)
-        deleted = None if index.manifest.deleted is None else path / index.manifest.deleted
-        publish(path, [*index.manifest.parts, part], deleted)
+        part = builder.build(folder)
+        deleted, files = index.manifest.deleted, index.manifest.files
+        publish(folder, [*index.manifest.parts, part], confirm, deleted=deleted, files=files)
     return open_index(path)
 
 
-def _refuse_other_plan(path: Path, existing: Plan, plan: Plan, *, ignoring: Sequence[str]) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _refuse_other_plan(folder: Folder, existing: Plan, plan: Plan, *, ignoring: Sequence[str]) -> None:
     if differences := existing.differences(plan, ignoring=ignoring):
         raise IndexExistsError(
-            f"{path} already holds an index of something else ({'; '.join(differences)[:2000]}); build to another "
+            f"{folder} already holds an index of something else ({'; '.join(differences)[:2000]}); build to another "
             "path, or remove that folder"
         )
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Literal
-
-import pyarrow.parquet
 
 from .blocks import BlockSketcher, NonFinite
 from .changes import refuse_changed_results
@@ -20,12 +17,12 @@ from .config import SketchConfig
 from .engines import Engine, LocalEngine
 from .examples import code_digest, example_table, examples_digest
 from .features import ExampleSketcher
-from .files import SealError, read_sealed, write_sealed
-from .folders import new_part_folder, remove_partial_files, unfinished_part
-from .index import EXAMPLES
-from .manifest import PLAN, IndexDamagedError, IndexExistsError, Part, Plan, checkpoint_digests
+from .folders import Folder, IndexDamagedError
+from .manifest import PLAN, IndexExistsError, Part, Plan, checkpoint_digests
+from .parts import new_part_name, remove_partial_files, unfinished_part
 from .progress import BuildProgress
 from .publication import finished_part
+from .sealed import SealError, read_sealed, write_sealed
 from .search import shard_rows
 from .stopping import Stop, stop_on_signals
 from .store import Generation
@@ -92,52 +89,51 @@ class PartBuilder:
                 task_spec, task_arguments or {}, device=device, nonfinite=nonfinite, workers=workers, address=address
             )
 
-    def build(self, path: Path) -> Part:
+    def build(self, folder: Folder) -> Part:
         """The part, finished and not yet published.
 
         Args:
-            path: the index's folder, whose lock is held.
+            folder: the index's, whose lock is held.
 
         Raises:
             IndexExistsError: a part of something else was begun there.
             NonFiniteExampleError, StoppedError, ValueError: as `build_index`.
         """
-        generation = self._begin(path)
+        name, generation = self._begin(folder)
         self._sketcher.batch_size = generation.plan.batch_size
         with BuildProgress(shown=self._progress) as bars, stop_on_signals(bars.announce_stop) as stop:
-            self._sketch_blocks(path, generation, bars, stop)
-            pyarrow.parquet.write_table(self.table, generation.path / EXAMPLES)
-            return finished_part(path, generation, [entry.to_dict() for entry in self._sketcher.plan()], bars, stop)
+            self._sketch_blocks(folder, generation, bars, stop)
+            sketching = [entry.to_dict() for entry in self._sketcher.plan()]
+            return finished_part(folder, name, generation, self.table, sketching=sketching, bars=bars, stop=stop)
 
-    def _begin(self, path: Path) -> Generation:
-        """The part to build; one that was cut, with its own plan, to go on in the same batches."""
-        remove_partial_files(path)
-        folder, plan = unfinished_part(path), self.plan
-        if folder is None:
-            folder = new_part_folder(path)
-            folder.mkdir(parents=True)
-            write_sealed(folder / PLAN, plan.to_dict())
+    def _begin(self, folder: Folder) -> tuple[str, Generation]:
+        """The part to build, and its name; one that was cut, with its own plan, to go on in the same batches."""
+        remove_partial_files(folder)
+        name, plan = unfinished_part(folder), self.plan
+        if name is None:
+            name = new_part_name(folder)
+            write_sealed(folder / name, PLAN, plan.to_dict())
         else:
             try:
-                plan = Plan.from_dict(read_sealed(folder / PLAN))
+                plan = Plan.from_dict(read_sealed(folder / name, PLAN))
             except (SealError, KeyError, TypeError) as error:
                 raise IndexDamagedError(
-                    f"{folder / PLAN} is damaged: {error}; remove the folder {folder} and build again"
+                    f"{folder.at(f'{name}/{PLAN}')} is damaged: {error}; remove {folder.at(name)} and build again"
                 ) from error
             if differences := plan.differences(self.plan):
                 raise IndexExistsError(
-                    f"{path} already holds the beginning of something else ({'; '.join(differences)[:2000]}): go on "
+                    f"{folder} already holds the beginning of something else ({'; '.join(differences)[:2000]}): go on "
                     "with what it was begun with, or drop it with `loopsway prune` (or, before the first index is "
                     "finished, by removing that folder)"
                 )
-        generation = Generation(folder, plan)
+        generation = Generation(folder / name, plan)
         generation.create()
-        return generation
+        return name, generation
 
-    def _sketch_blocks(self, path: Path, generation: Generation, bars: BuildProgress, stop: Stop) -> None:
+    def _sketch_blocks(self, folder: Folder, generation: Generation, bars: BuildProgress, stop: Stop) -> None:
         plan, finished = generation.plan, generation.finished()
         if 0 in finished:
-            refuse_changed_results(path, generation, self._probe)
+            refuse_changed_results(folder, generation, self._probe)
         done = sum(entry.num_rows for entry in finished.values())
         bars.begin(self._engine.title, plan.num_examples, done=done)
         missing = [block for block in range(plan.num_blocks) if block not in finished]
@@ -146,8 +142,8 @@ class PartBuilder:
                 done += len(plan.rows_of(block))
                 bars.describe(f"{self._engine.title}, {count} of {plan.num_blocks} blocks stored")
                 stop.raise_if_asked(
-                    f"stopped as asked: {done:,} of {plan.num_examples:,} examples are stored in {path}; run the same "
-                    "command to go on"
+                    f"stopped as asked: {done:,} of {plan.num_examples:,} examples are stored in {folder}; run the "
+                    "same command to go on"
                 )
 
 

@@ -5,12 +5,11 @@ The plan's digests see files and batches; this sees whatever else decides a grad
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from .features import ExampleSketches
+from .folders import Folder
 from .manifest import IndexExistsError
 from .store import Generation
 
@@ -18,7 +17,7 @@ from .store import Generation
 TOLERANCE = 0.05
 
 
-def refuse_changed_results(path: Path, generation: Generation, probe: ExampleSketches) -> None:
+def refuse_changed_results(folder: Folder, generation: Generation, probe: ExampleSketches) -> None:
     """Compares losses and norms of the probe, the first finite examples, with those of block 0.
 
     Raises:
@@ -40,9 +39,9 @@ def refuse_changed_results(path: Path, generation: Generation, probe: ExampleSke
         slack = TOLERANCE * max(float(np.abs(stored).max()), 1e-30)
         if np.abs(values - stored).max() > slack:
             raise IndexExistsError(
-                f"{path} was begun with another model, other code or other libraries: the {name.replace('_', ' ')} of "
-                f"its first examples were {_shown(stored)} and are now {_shown(values)}; go on with what it was begun "
-                "with, build to another path, or remove that folder"
+                f"{folder} was begun with another model, other code or other libraries: the {name.replace('_', ' ')} "
+                f"of its first examples were {_shown(stored)} and are now {_shown(values)}; go on with what it was "
+                "begun with, build to another path, or remove that folder"
             )
 
 

@@ -6,31 +6,24 @@ Each makes a new generation; readers that have an earlier one open go on with it
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
+from .addresses import open_folder
 from .coding import Codes, row_bytes
-from .files import read_sealed, write_sealed
 from .filters import matching_rows
-from .folders import (
-    clear_storage_errors,
-    kept_folders,
-    new_part_folder,
-    part_folders,
-    remove_partial_files,
-    unfinished_part,
-)
-from .index import EXAMPLES, Index, open_index
+from .folders import Folder, clear_storage_errors
+from .index import Index, open_index
 from .lock import writer_lock
-from .manifest import HISTORY, PLAN, Manifest, Plan
+from .manifest import PLAN, Manifest, Plan, history_file
+from .parts import kept_parts, new_part_name, part_names, remove_partial_files, unfinished_part
 from .progress import BuildProgress
-from .publication import finished_part, publish
+from .publication import finished_part, publish, write_table
+from .sealed import read_sealed, write_sealed
 from .search import shard_rows
 from .stopping import stop_on_signals
 from .store import CodedExamples, Generation
@@ -55,11 +48,11 @@ def delete_examples(path: str | Path, *, ids: Sequence[str] | None = None, where
         ValueError: nothing would be left, or not just one of ids and where is given.
         IndexLockedError, StorageError: as `build_index`.
     """
-    path = Path(path)
+    folder = open_folder(path)
     if (ids is None) == (where is None):
         raise ValueError("give either ids or where: which examples are to be deleted")
     open_index(path)
-    with clear_storage_errors(path), writer_lock(path):
+    with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         rows = (
             _live_matches(index, where)
@@ -69,13 +62,11 @@ def delete_examples(path: str | Path, *, ids: Sequence[str] | None = None, where
         if not len(rows):
             return 0
         if len(rows) == index.num_examples:
-            raise ValueError(f"that would delete all {len(rows):,} examples of {path}; remove the folder instead")
+            raise ValueError(f"that would delete all {len(rows):,} examples of {folder}; remove the folder instead")
         gone = np.union1d(np.setdiff1d(np.arange(index.num_rows), index.live_rows()), rows)
-        folder = new_part_folder(path)
-        folder.mkdir(parents=True)
         table = pa.table({"row": gone, "id": index.examples["id"].take(pa.array(gone))})
-        pyarrow.parquet.write_table(table, folder / DELETED)
-        publish(path, index.manifest.parts, folder / DELETED)
+        name = f"{new_part_name(folder)}/{DELETED}"
+        publish(folder, index.manifest.parts, confirm, deleted=name, files={name: write_table(folder, name, table)})
     return len(rows)
 
 
@@ -92,15 +83,15 @@ def compact_index(path: str | Path, *, progress: bool = True) -> Index:
     Returns:
         The index, open. One that has nothing to compact is opened as it is.
     """
-    path = Path(path)
+    folder = open_folder(path)
     open_index(path)
-    with clear_storage_errors(path), writer_lock(path):
+    with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         skipped = [index.row_of(each) for each in index.skipped]
         rows = np.setdiff1d(index.live_rows(), skipped)
         if len(index.manifest.parts) == 1 and len(rows) == index.num_rows:
             return index
-        generation = _begin_compaction(path, index, rows)
+        name, generation = _begin_compaction(folder, index, rows)
         with BuildProgress(shown=progress) as bars, stop_on_signals(bars.announce_stop) as stop:
             finished = generation.finished()
             bars.begin("copying blocks", generation.plan.num_blocks, done=len(finished))
@@ -109,28 +100,28 @@ def compact_index(path: str | Path, *, progress: bool = True) -> Index:
                     chosen = generation.plan.rows_of(block)
                     generation.write(block, _copied(index, rows[chosen.start : chosen.stop]))
                     bars.advance()
-                    stop.raise_if_asked(f"stopped as asked: {path} is as it was; compact it again to go on")
-            pyarrow.parquet.write_table(index.examples.take(pa.array(rows)), generation.path / EXAMPLES)
-            publish(path, [finished_part(path, generation, index.plan, bars, stop)])
+                    stop.raise_if_asked(f"stopped as asked: {folder} is as it was; compact it again to go on")
+            examples = index.examples.take(pa.array(rows))
+            part = finished_part(folder, name, generation, examples, sketching=index.plan, bars=bars, stop=stop)
+            publish(folder, [part], confirm)
     return open_index(path)
 
 
-def _begin_compaction(path: Path, index: Index, rows: np.ndarray) -> Generation:
-    """The part to write; a begun part of something else is left alone."""
-    remove_partial_files(path)
+def _begin_compaction(folder: Folder, index: Index, rows: np.ndarray) -> tuple[str, Generation]:
+    """The part to write, and its name; a begun part of something else is left alone."""
+    remove_partial_files(folder)
     facts = f"{index.generation} {index.created_at} {rows.tobytes().hex()}"
     digest = "compacted " + hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
     plan, size = index.manifest.plan, row_bytes(index.width, index.bits)
     shards = shard_rows(len(rows), size, plan.block_rows)
     plan = replace(plan, num_examples=len(rows), examples_digest=digest, shard_rows=shards)
-    folder = unfinished_part(path)
-    if folder is None or Plan.from_dict(read_sealed(folder / PLAN)) != plan:
-        folder = new_part_folder(path)
-        folder.mkdir(parents=True)
-        write_sealed(folder / PLAN, plan.to_dict())
-    generation = Generation(folder, plan)
+    name = unfinished_part(folder)
+    if name is None or Plan.from_dict(read_sealed(folder / name, PLAN)) != plan:
+        name = new_part_name(folder)
+        write_sealed(folder / name, PLAN, plan.to_dict())
+    generation = Generation(folder / name, plan)
     generation.create()
-    return generation
+    return name, generation
 
 
 def _copied(index: Index, rows: np.ndarray) -> CodedExamples:
@@ -155,12 +146,12 @@ class Pruned:
 
     Attributes:
         generations: that can't be opened any more.
-        folders: how many.
+        parts: their names.
         size_bytes: of all files.
     """
 
     generations: tuple[int, ...]
-    folders: int
+    parts: tuple[str, ...]
     size_bytes: int
 
 
@@ -177,17 +168,19 @@ def prune_index(path: str | Path, *, keep: int = 1) -> Pruned:
         ValueError: keep is less than 1.
         IndexLockedError, StorageError: as `build_index`.
     """
-    path = Path(path)
+    folder = open_folder(path)
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1: the last generation always stays")
     open_index(path)
-    with clear_storage_errors(path), writer_lock(path):
-        kept = Manifest.kept(path)
+    with clear_storage_errors(folder), writer_lock(folder) as confirm:
+        kept = Manifest.kept(folder)
         gone, staying = kept[:-keep], kept[-keep:]
-        folders = [folder for folder in part_folders(path) if folder not in kept_folders(path, staying)]
-        size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
-        for generation in gone:
-            (path / HISTORY / f"{generation:06d}.json").unlink()
-        for folder in folders:
-            shutil.rmtree(folder)
-    return Pruned(generations=tuple(gone), folders=len(folders), size_bytes=size)
+        read = kept_parts(folder, staying)
+        parts = [name for name in part_names(folder) if name not in read]
+        files = [file for name in parts for file in folder.files(name)]
+        size = sum(size or 0 for size in folder.sizes(files).values())
+        confirm()
+        folder.remove(map(history_file, gone))
+        for name in parts:
+            folder.remove_folder(name)
+    return Pruned(generations=tuple(gone), parts=tuple(parts), size_bytes=size)

@@ -18,16 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from .addresses import open_folder
 from .coding import variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
+from .folders import IndexDamagedError, LocalFolder
 from .joined import JoinedSlot
-from .manifest import IndexDamagedError, Manifest, checkpoint_digests
+from .manifest import Manifest, Part, checkpoint_digests
 from .queries import checked_sketches, chosen_steps, query_vectors
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
 from .search import inner_products, open_slots
 from .store import ROW_AXES, Generation
 
-EXAMPLES, SKIPPED, FAISS_FOLDER, RECALL = "examples.parquet", "skipped.parquet", "faiss", "recall.json"
+EXAMPLES, SKIPPED, RECALL = "examples.parquet", "skipped.parquet", "recall.json"
 
 TrajectoryResolve = Resolve | Literal["step_matrix"]
 
@@ -40,14 +42,15 @@ def open_index(path: str | Path, *, generation: int | None = None) -> Index:
     """Opens a finished index for search.
 
     Args:
-        path: its folder.
+        path: its folder, or its URL `s3://bucket/prefix`.
         generation: an earlier generation that is still kept; None: the last.
 
     Raises:
         IndexNotFoundError: there is none, it is unfinished, or it has no such generation.
         IndexDamagedError: a file is missing, of the wrong size or unreadable.
+        StorageError: the object store can't be reached, or the cache of its files is too small.
     """
-    return Index(Path(path), generation)
+    return Index(path, generation)
 
 
 class Index:
@@ -57,28 +60,33 @@ class Index:
     numbered over all parts, deleted ones included. Rows of codes are read through memory maps when they are needed.
 
     Attributes:
-        path: its folder.
+        folder: where it lies.
         manifest: what it is.
     """
 
-    def __init__(self, path: Path, generation: int | None) -> None:
-        self.path = path
-        self.manifest = Manifest.read(path, generation)
+    def __init__(self, path: str | Path, generation: int | None) -> None:
+        self.folder = open_folder(path)
+        self.manifest = Manifest.read(self.folder, generation)
         self._check_files()
-        self._stored = [Generation(path / part.folder, part.plan) for part in self.manifest.parts]
+        self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
         self._is_deleted = self._read_deleted()
         parts = [
             open_slots(stored, np.flatnonzero(deleted))
             for stored, deleted in zip(self._stored, self._by_part(self._is_deleted), strict=True)
         ]
-        for stored, slots in zip(self._stored, parts, strict=True):
+        for part, slots in zip(self.manifest.parts, parts, strict=True):
             for slot in slots.values():
-                slot.load(stored.path / FAISS_FOLDER)
+                slot.load(part.own_files)
         self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
 
     @property
+    def path(self) -> Path | str:
+        """Its folder, or its URL."""
+        return self.folder.path if isinstance(self.folder, LocalFolder) else self.folder.address
+
+    @property
     def name(self) -> str:
-        return self.path.name.removesuffix(".index")
+        return self.folder.address.rpartition("/")[2].removesuffix(".index")
 
     @property
     def num_rows(self) -> int:
@@ -162,7 +170,7 @@ class Index:
     @cached_property
     def recall(self) -> dict[str, Any]:
         """What the build measured of its FAISS indices against a reading of every code, of the worst part."""
-        measured = [json.loads((stored.path / RECALL).read_text(encoding="utf-8")) for stored in self._stored]
+        measured = [json.loads(stored.folder.read(RECALL)) for stored in self._stored]
         return min(measured, key=lambda each: min(each["by_slot"].values()))
 
     @cached_property
@@ -175,8 +183,8 @@ class Index:
     @cached_property
     def _skipped_rows(self) -> dict[int, str]:
         found: dict[int, str] = {}
-        for stored, start in zip(self._stored, self._starts, strict=True):
-            table = pyarrow.parquet.read_table(stored.path / SKIPPED)
+        for part, start in zip(self.manifest.parts, self._starts, strict=True):
+            table = self._table(part, SKIPPED)
             rows = (start + row for row in table["row"].to_pylist())
             found |= dict(zip(rows, table["reason"].to_pylist(), strict=True))
         return found
@@ -193,7 +201,9 @@ class Index:
     def _read_deleted(self) -> np.ndarray:
         is_deleted = np.zeros(self.num_rows, bool)
         if self.manifest.deleted is not None:
-            table = pyarrow.parquet.read_table(self.path / self.manifest.deleted, columns=["row"])
+            digest = self.manifest.files[self.manifest.deleted]["digest"]
+            with self.folder.local(self.manifest.deleted, lambda: digest) as file:
+                table = pyarrow.parquet.read_table(file, columns=["row"])
             is_deleted[table["row"].to_numpy()] = True
         return is_deleted
 
@@ -385,18 +395,20 @@ class Index:
         return (np.hypot(norms * query_norms, influences) * scale).astype(np.float32)
 
     def _check_files(self) -> None:
-        for name, facts in self.manifest.all_files.items():
-            file = self.path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != facts["size_bytes"]:
-                state = "is missing" if size is None else f"has {size} bytes, not {facts['size_bytes']}"
-                raise IndexDamagedError(f"index {self.path} is damaged: {file} {state}; rebuild it")
+        files = self.manifest.all_files
+        for name, size in self.folder.sizes(files).items():
+            if size != files[name]["size_bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes, not {files[name]['size_bytes']}"
+                raise IndexDamagedError(f"index {self.folder} is damaged: {self.folder.at(name)} {state}; rebuild it")
 
     @cached_property
     def examples(self) -> Any:
         """Ids, descriptions and metadata of all rows, a pyarrow table."""
-        tables = [pyarrow.parquet.read_table(stored.path / EXAMPLES) for stored in self._stored]
-        return pa.concat_tables(tables).combine_chunks()
+        return pa.concat_tables(self._table(part, EXAMPLES) for part in self.manifest.parts).combine_chunks()
+
+    def _table(self, part: Part, name: str) -> Any:
+        with self.folder.local(f"{part.folder}/{name}", lambda: part.own_files[name]["digest"]) as file:
+            return pyarrow.parquet.read_table(file)
 
     @property
     def _ids(self) -> Any:

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .config import Checkpoint, Loop, SketchConfig
-from .files import SealError, file_digest, read_sealed, write_sealed
+from .files import file_digest
+from .folders import FileFacts, Folder, IndexDamagedError
+from .sealed import SealError, read_sealed, write_sealed
 
 FORMAT_VERSION = 3
 MANIFEST, HISTORY, PARTS, PLAN = "manifest.json", "manifests", "generations", "plan.json"
 
-FileFacts = Mapping[str, Any]  # size_bytes and digest
-
 
 class IndexNotFoundError(FileNotFoundError):
     """There is no finished index at this path."""
-
-
-class IndexDamagedError(ValueError):
-    """A part of the index is missing, unreadable or not what its manifest says."""
 
 
 class IndexExistsError(FileExistsError):
@@ -136,6 +133,11 @@ class Part:
     sketching: tuple[dict[str, Any], ...]
     files: Mapping[str, FileFacts]
 
+    @cached_property
+    def own_files(self) -> dict[str, FileFacts]:
+        """The files by their paths within the part."""
+        return {name.removeprefix(f"{self.folder}/"): facts for name, facts in self.files.items()}
+
     def to_dict(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)} | {"plan": self.plan.to_dict()}
 
@@ -180,41 +182,50 @@ class Manifest:
         """Every file that this generation reads, but for blocks and their entries."""
         return {name: facts for each in (*self.parts, self) for name, facts in each.files.items()}
 
-    def write(self, path: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Publishes it: readers that open the index from now on see it."""
         data = {each.name: getattr(self, each.name) for each in fields(self)}
         data |= {"format_version": FORMAT_VERSION, "parts": [part.to_dict() for part in self.parts]}
-        (path / HISTORY).mkdir(exist_ok=True)
-        write_sealed(path / HISTORY / f"{self.generation:06d}.json", data)
-        write_sealed(path / MANIFEST, data)
+        write_sealed(folder, history_file(self.generation), data)
+        write_sealed(folder, MANIFEST, data)
 
     @classmethod
-    def read(cls, path: Path, generation: int | None = None) -> Manifest:
+    def read(cls, folder: Folder, generation: int | None = None) -> Manifest:
         """The manifest of the index in this folder.
 
         Args:
-            path: of the index.
+            folder: of the index.
             generation: an earlier one that is still kept; None: the last.
 
         Raises:
             IndexNotFoundError: no index, an unfinished one, or no such generation.
             IndexDamagedError: it can't be read, or has another format version.
         """
-        data = _read_manifest(path, generation)
-        _check_version(path, data.pop("format_version", None))
+        data = _read_manifest(folder, generation)
+        _check_version(folder, data.pop("format_version", None))
         try:
             return cls(**{**data, "parts": tuple(map(Part.from_dict, data["parts"]))})
         except (KeyError, TypeError, ValueError) as error:
-            raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
+            raise IndexDamagedError(f"the manifest of index {folder} is damaged: {error}; rebuild the index") from error
 
     @staticmethod
-    def kept(path: Path) -> list[int]:
+    def kept(folder: Folder) -> list[int]:
         """Numbers of the generations that can be opened, from the earliest to the last; none before the first."""
-        if not (path / MANIFEST).exists():
+        if not is_published(folder):
             return []
-        last = Manifest.read(path).generation  # what was written beside it by a publication that was cut is not kept
-        numbers = (int(file.stem) for file in (path / HISTORY).glob("*.json"))
+        last = Manifest.read(folder).generation  # what a publication that was cut wrote beside it is not kept
+        numbers = (int(Path(file).stem) for file in folder.files(HISTORY) if file.endswith(".json"))
         return sorted({last, *(number for number in numbers if number < last)})
+
+
+def is_published(folder: Folder) -> bool:
+    """Whether it holds a finished index."""
+    return folder.sizes([MANIFEST])[MANIFEST] is not None
+
+
+def history_file(generation: int) -> str:
+    """Where the manifest of a generation stays."""
+    return f"{HISTORY}/{generation:06d}.json"
 
 
 def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
@@ -223,29 +234,29 @@ def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
     return {name: file_digest(file) for name, file in files.items() if file.is_file()}
 
 
-def _read_manifest(path: Path, generation: int | None) -> dict[str, Any]:
-    file = path / MANIFEST if generation is None else path / HISTORY / f"{generation:06d}.json"
+def _read_manifest(folder: Folder, generation: int | None) -> dict[str, Any]:
     try:
-        return read_sealed(file)
+        return read_sealed(folder, MANIFEST if generation is None else history_file(generation))
     except FileNotFoundError:
-        if generation is not None and (path / MANIFEST).exists():
+        if generation is not None and is_published(folder):
+            kept = ", ".join(map(str, Manifest.kept(folder)))
+            raise IndexNotFoundError(f"index {folder} has no generation {generation}; it keeps {kept}") from None
+        if folder.folders(PARTS):
             raise IndexNotFoundError(
-                f"index {path} has no generation {generation}; it keeps {', '.join(map(str, Manifest.kept(path)))}"
+                f"index {folder} is unfinished: run the same `loopsway build` again, it goes on where it was"
             ) from None
-        if (path / PARTS).is_dir():
-            raise IndexNotFoundError(
-                f"index {path} is unfinished: run the same `loopsway build` again, it goes on where it was"
-            ) from None
-        raise IndexNotFoundError(f"there is no index at {path}; make one with `loopsway build --out {path}`") from None
+        raise IndexNotFoundError(
+            f"there is no index at {folder}; make one with `loopsway build --out {folder}`"
+        ) from None
     except SealError as error:
         if isinstance(error.data, dict) and "format_version" in error.data:
-            _check_version(path, error.data["format_version"])  # of a version without digests, perhaps
-        raise IndexDamagedError(f"the manifest of index {path} is damaged: {error}; rebuild the index") from error
+            _check_version(folder, error.data["format_version"])  # of a version without digests, perhaps
+        raise IndexDamagedError(f"the manifest of index {folder} is damaged: {error}; rebuild the index") from error
 
 
-def _check_version(path: Path, version: Any) -> None:
+def _check_version(folder: Folder, version: Any) -> None:
     if version != FORMAT_VERSION:
         raise IndexDamagedError(
-            f"index {path} has format version {version}, this Loopsway reads {FORMAT_VERSION}; rebuild the index, or "
+            f"index {folder} has format version {version}, this Loopsway reads {FORMAT_VERSION}; rebuild the index, or "
             "open it with the Loopsway that wrote it"
         )

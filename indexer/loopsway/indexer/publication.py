@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from .files import file_digest, sync, write_json
-from .index import EXAMPLES, FAISS_FOLDER, RECALL, SKIPPED
-from .manifest import FileFacts, Manifest, Part
+from .files import json_bytes
+from .folders import FileFacts, Folder, facts_of
+from .index import EXAMPLES, RECALL, SKIPPED
+from .manifest import Manifest, Part
 from .progress import BuildProgress
 from .search import Slot, open_slots
 from .stopping import Stop
-from .store import ARRAYS, Generation, Skipped
+from .store import ARRAYS, ROW_AXES, Generation, Skipped
 
 RECALL_QUERIES, RECALL_K = 16, 10
 ROWS_OF_A_QUERY = 8
 
 
 def finished_part(
-    path: Path, generation: Generation, sketching: Sequence[dict[str, Any]], bars: BuildProgress, stop: Stop
+    folder: Folder,
+    name: str,
+    generation: Generation,
+    examples: pa.Table,
+    *,
+    sketching: Sequence[dict[str, Any]],
+    bars: BuildProgress,
+    stop: Stop,
 ) -> Part:
     """Builds what search needs from the stored blocks. Begun again, it starts over.
 
     Args:
-        path: the index's folder.
-        generation: with all blocks written and the examples' table beside them.
+        folder: the index's.
+        name: of the part.
+        generation: with all blocks written.
+        examples: their ids, descriptions and metadata.
         sketching: how each parameter was sketched, for the manifest.
         bars: for progress.
         stop: looked at after each FAISS index.
@@ -38,76 +48,93 @@ def finished_part(
     Raises:
         StoppedError: a signal asked it to stop.
     """
-    folder = generation.path / FAISS_FOLDER
-    folder.mkdir(exist_ok=True)
+    files = {EXAMPLES: write_table(generation.folder, EXAMPLES, examples)}
     slots = open_slots(generation)
     bars.begin("indexing steps", len(slots))
     recalls: dict[str, float] = {}
     for step, slot in slots.items():
-        slot.build(folder)
-        slot.load(folder)
+        built = slot.build()
+        slot.load(built)
+        files |= built
         recalls["total" if step is None else str(step)] = _recall(slot)
         slot.unload()
         bars.advance()
         stop.raise_if_asked(
-            f"stopped as asked: all examples are stored in {path}; run the same command, which indexes them and is done"
+            f"stopped as asked: all examples are stored in {folder}; run the same command, which indexes them and is "
+            "done"
         )
-    write_json(
-        generation.path / RECALL,
-        {
-            f"recall@{RECALL_K}": float(np.mean(list(recalls.values()))),
-            "by_slot": recalls,
-            "against": "a reading of every code",
-            "queries": f"{RECALL_QUERIES} random combinations of {ROWS_OF_A_QUERY} stored rows, and their opposites",
-        },
-    )
     entries = generation.finished().values()
     skipped = [each for entry in entries for each in entry.skipped]
-    _write_skipped(generation, skipped)
-    files = [generation.path / name for name in (EXAMPLES, SKIPPED, RECALL)]
-    files += [*sorted(folder.glob("*.faiss")), *sorted((generation.path / ARRAYS).rglob("zarr.json"))]
-    sync(folder)
+    files[RECALL] = _write_recall(generation.folder, recalls)
+    files[SKIPPED] = write_table(generation.folder, SKIPPED, _skipped_table(examples, skipped))
+    described = [f"{ARRAYS}/zarr.json", *(f"{ARRAYS}/{array}/zarr.json" for array in ROW_AXES)]
+    generation.folder.make_durable(described)
+    files |= {file: facts_of(generation.folder.read(file)) for file in described}
     silent = [set(entry.steps_without_gradient) for entry in entries if len(entry.skipped) < entry.num_rows]
     sums = np.sum([entry.loss_sums for entry in entries], axis=0)
     return Part(
-        folder=generation.path.relative_to(path).as_posix(),
+        folder=name,
         plan=generation.plan,
         steps_without_gradient=tuple(sorted(set.intersection(*silent))) if silent else (),
         mean_losses=tuple((sums / max(1, generation.plan.num_examples - len(skipped))).tolist()),
         num_skipped=len(skipped),
         sketching=tuple(sketching),
-        files=file_facts(path, files),
+        files={f"{name}/{file}": facts for file, facts in files.items()},
     )
 
 
-def file_facts(path: Path, files: Sequence[Path]) -> dict[str, FileFacts]:
-    """Size and digest of files of the index in this folder, which are made durable."""
-    for file in files:
-        sync(file)
-    return {
-        file.relative_to(path).as_posix(): {"size_bytes": file.stat().st_size, "digest": file_digest(file)}
-        for file in files
-    }
+def write_table(folder: Folder, name: str, table: pa.Table) -> FileFacts:
+    """Writes a table as Parquet; gives the file's size and digest."""
+    return folder.write_file(name, lambda file: pyarrow.parquet.write_table(table, file))
 
 
-def publish(path: Path, parts: Sequence[Part], deleted: Path | None = None) -> None:
-    """Publishes these parts, without the deleted rows, as the index's next generation."""
-    kept = Manifest.kept(path)
-    Manifest(
+def publish(
+    folder: Folder,
+    parts: Sequence[Part],
+    confirm: Callable[[], None],
+    *,
+    deleted: str | None = None,
+    files: Mapping[str, FileFacts] = MappingProxyType({}),
+) -> None:
+    """Publishes these parts as the index's next generation.
+
+    Args:
+        folder: the index's.
+        parts: all of them.
+        confirm: that the lock is still held (lock.py).
+        deleted: as in the manifest.
+        files: as in the manifest.
+    """
+    kept = Manifest.kept(folder)
+    manifest = Manifest(
         generation=max(kept, default=0) + 1,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         parts=tuple(parts),
-        deleted=None if deleted is None else deleted.relative_to(path).as_posix(),
-        files={} if deleted is None else file_facts(path, [deleted]),
-    ).write(path)
+        deleted=deleted,
+        files=dict(files),
+    )
+    confirm()
+    manifest.write(folder)
 
 
-def _write_skipped(generation: Generation, skipped: Sequence[Skipped]) -> None:
+def _write_recall(folder: Folder, recalls: dict[str, float]) -> FileFacts:
+    content = json_bytes(
+        {
+            f"recall@{RECALL_K}": float(np.mean(list(recalls.values()))),
+            "by_slot": recalls,
+            "against": "a reading of every code",
+            "queries": f"{RECALL_QUERIES} random combinations of {ROWS_OF_A_QUERY} stored rows, and their opposites",
+        }
+    )
+    folder.write(RECALL, content)
+    return facts_of(content)
+
+
+def _skipped_table(examples: pa.Table, skipped: Sequence[Skipped]) -> pa.Table:
     """The skipped examples' rows, ids and reasons."""
     rows = pa.array([each.row for each in skipped], pa.int64())
-    ids = pyarrow.parquet.read_table(generation.path / EXAMPLES, columns=["id"])["id"].take(rows)
     reasons = pa.array([each.reason for each in skipped], pa.string())
-    pyarrow.parquet.write_table(pa.table({"row": rows, "id": ids, "reason": reasons}), generation.path / SKIPPED)
+    return pa.table({"row": rows, "id": examples["id"].take(rows), "reason": reasons})
 
 
 def _recall(slot: Slot) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .addresses import open_folder
 from .blocks import BlockSketcher, NonFinite
 from .features import ExampleSketcher
 from .manifest import Plan
@@ -123,7 +124,7 @@ class RayEngine:
         environment = {"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}}
         actor: Any = ray.remote(_Worker)
         return actor.options(**amount, runtime_env=environment, max_restarts=0).remote(
-            sys.path, threads, self._task, str(generation.path.absolute()), generation.plan.to_dict()
+            sys.path, threads, self._task, generation.folder.address, generation.plan.to_dict()
         )
 
 
@@ -134,7 +135,7 @@ class _Worker:
         sys.path[:] = path
         torch.set_num_threads(threads)
         spec, arguments, device, nonfinite = task
-        self._generation = Generation(Path(folder), Plan.from_dict(plan))
+        self._generation = Generation(open_folder(folder), Plan.from_dict(plan))
         made, stored = load_task(spec, arguments), self._generation.plan
         sketcher = ExampleSketcher(made, stored.config, device=device, batch_size=stored.batch_size)
         self._blocks = BlockSketcher(made, sketcher, nonfinite=nonfinite)

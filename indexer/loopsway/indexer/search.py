@@ -12,16 +12,18 @@ This is the only file that imports faiss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .coding import decode
-from .manifest import IndexDamagedError
+from .folders import FileFacts, IndexDamagedError
 from .store import Generation
 
+FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32
 DECODED_BYTES = 32 << 20  # of candidates that one search decodes at once
@@ -58,8 +60,9 @@ class Slot:
         self._faiss: list[Any] = []
 
     def file_name(self, shard: int) -> str:
+        """Of its FAISS index, within the generation's folder."""
         step = "total" if self.step is None else f"step-{self.step:04d}"
-        return f"{step}-{shard:02d}.faiss"
+        return f"{FAISS_FOLDER}/{step}-{shard:02d}.faiss"
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Decoded rows, float32 [n, W]."""
@@ -74,35 +77,42 @@ class Slot:
             factors = self.factors[own.start : own.stop]
             yield decode(self._generation.block_codes(self.step, block), factors, self._bits)
 
-    def build(self, folder: Path) -> None:
-        """Makes the slot's FAISS indices, one after another, and writes them into a folder."""
+    def build(self) -> dict[str, FileFacts]:
+        """Makes the slot's FAISS indices, one after another, and writes their files, whose facts it gives by name."""
         faiss, scale = import_faiss(), self._scale()
+        written = {}
         for shard, rows in enumerate(self._shards):
             index = _new_index(faiss, self._generation.plan.width, self._bits)
             index.train(self._extremes(rows, scale))
             for block in self.blocks(rows):
                 index.add(block * np.float32(scale))
-            faiss.write_index(index, str(folder / self.file_name(shard)))
+            write = partial(_write_index, faiss, index)
+            written[self.file_name(shard)] = self._generation.folder.write_file(self.file_name(shard), write)
+        return written
 
-    def load(self, folder: Path) -> None:
-        """Opens the slot's FAISS indices, memory-mapped where FAISS can."""
-        self._faiss = [
-            self._loaded(folder / self.file_name(shard), len(rows)) for shard, rows in enumerate(self._shards)
-        ]
+    def load(self, files: Mapping[str, FileFacts]) -> None:
+        """Opens the slot's FAISS indices, memory-mapped where FAISS can.
+
+        Args:
+            files: facts of the generation's files, by name.
+        """
+        self._faiss = [self._loaded(self.file_name(shard), files, len(rows)) for shard, rows in enumerate(self._shards)]
 
     def unload(self) -> None:
         """Frees the FAISS indices."""
         self._faiss = []
 
-    def _loaded(self, file: Path, num_rows: int) -> Any:
-        faiss = import_faiss()
-        try:
-            index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            raise IndexDamagedError(f"FAISS index {file} can't be read: {error}") from error
-        expected = (num_rows, self._generation.plan.width)
-        if (index.ntotal, index.d) != expected:
-            raise IndexDamagedError(f"FAISS index {file} has (rows, width) {(index.ntotal, index.d)}, not {expected}")
+    def _loaded(self, name: str, files: Mapping[str, FileFacts], num_rows: int) -> Any:
+        faiss, folder = import_faiss(), self._generation.folder
+        with folder.local(name, lambda: files[name]["digest"]) as file:
+            try:
+                index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+            except RuntimeError as error:
+                raise IndexDamagedError(f"FAISS index {folder.at(name)} can't be read: {error}") from error
+            folder.keep(file, index)
+        expected, found = (num_rows, self._generation.plan.width), (index.ntotal, index.d)
+        if found != expected:
+            raise IndexDamagedError(f"FAISS index {folder.at(name)} has (rows, width) {found}, not {expected}")
         return index
 
     def search(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -197,6 +207,10 @@ def import_faiss() -> Any:
             "searching needs FAISS: install one of loopsway[cpu] (faiss-cpu) and loopsway[gpu] (faiss-gpu), never both"
         ) from error
     return faiss
+
+
+def _write_index(faiss: Any, index: Any, file: Path) -> None:
+    faiss.write_index(index, str(file))
 
 
 def _new_index(faiss: Any, width: int, bits: int) -> Any:

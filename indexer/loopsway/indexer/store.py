@@ -14,9 +14,10 @@ This file knows no model, no FAISS and no manifest.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from .coding import Codes, code_shape
-from .files import SealError, read_sealed, sync, write_sealed
-from .manifest import IndexDamagedError, Plan
+from .files import bytes_digest
+from .folders import Folder, IndexDamagedError, StorageError
+from .manifest import Plan
+from .sealed import SealError, read_sealed, write_sealed
 
 ARRAYS = "arrays.zarr"
 BLOCKS = "blocks"
+READS = 16  # of entries, at once
 # Of each array, the dimension of the rows.
 ROW_AXES = {"step_codes": 1, "step_factors": 1, "step_norms": 1, "total_codes": 0, "total_factors": 0, "total_norms": 0,
             "losses": 1}  # fmt: skip
@@ -108,20 +112,26 @@ class Generation:
     """The arrays of one generation of an index.
 
     Args:
-        path: the generation's folder.
+        folder: the generation's.
         plan: what it holds.
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self.plan = path, plan
+    def __init__(self, folder: Folder, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
         self._length, self._dtype = code_shape(plan.width, plan.config.bits)
         self._maps: dict[tuple[int | None, int], np.ndarray] = {}
+        self._entries: dict[int, BlockEntry] = {}
+        self._group: Any = None
+        self._arrays: dict[str, Any] = {}
 
     def create(self) -> None:
         """Makes the empty arrays, all chunks unwritten; an existing folder is completed."""
+        with self.folder.clear_errors():
+            self._create(zarr.open_group(self.folder.arrays(ARRAYS), mode="a", zarr_format=3))
+
+    def _create(self, group: Any) -> None:
         plan, rows = self.plan, self.plan.block_rows
         steps, examples, length = plan.num_steps, plan.num_examples, self._length
-        group = zarr.open_group(self.path / ARRAYS, mode="a", zarr_format=3)
         codes: dict[str, Any] = {"dtype": self._dtype, "fill_value": 0 if self._dtype == np.uint8 else np.nan}
         floats: dict[str, Any] = {"dtype": np.float32, "fill_value": np.nan}
         for name, shape, chunks, kind in (
@@ -149,14 +159,15 @@ class Generation:
             "total_norms": coded.total.norms,
             "losses": coded.losses,
         }
-        with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk that isn't there was never written
-            group = self._group("r+")
+        with self.folder.clear_errors(), zarr.config.set({"array.write_empty_chunks": True}):
+            group = self._opened("r+")  # a chunk that isn't there was never written: empty ones are written too
             for name, values in written.items():
                 group[name][(where,) if name.startswith("total") else (slice(None), where)] = values
-        digests = {}
-        for chunk, name, part in self._parts(block):
-            digests[chunk] = _digest(written[name] if part is None else written[name][part])
-            sync(self.path / ARRAYS / chunk)
+        digests = {
+            chunk: _digest(written[name] if part is None else written[name][part])
+            for chunk, name, part in self._parts(block)
+        }
+        self.folder.make_durable(f"{ARRAYS}/{chunk}" for chunk in digests)
         entry = BlockEntry(
             block=block,
             num_rows=len(rows),
@@ -165,8 +176,7 @@ class Generation:
             skipped=coded.skipped,
             digests=digests,
         )
-        self.entry_file(block).parent.mkdir(exist_ok=True)
-        write_sealed(self.entry_file(block), asdict(entry))
+        write_sealed(self.folder, entry_file(block), asdict(entry))
 
     def finished(self) -> dict[int, BlockEntry]:
         """Entries of the finished blocks, by block.
@@ -174,8 +184,9 @@ class Generation:
         Raises:
             IndexDamagedError: one can't be read.
         """
-        blocks = (int(file.stem) for file in sorted((self.path / BLOCKS).glob("*.json")))
-        return {block: self.entry(block) for block in blocks}
+        blocks = [int(Path(file).stem) for file in self.folder.files(BLOCKS) if file.endswith(".json")]
+        with ThreadPoolExecutor(READS) as pool:
+            return dict(zip(blocks, pool.map(self.entry, blocks), strict=True))
 
     def entry(self, block: int) -> BlockEntry:
         """The entry of a finished block.
@@ -184,30 +195,35 @@ class Generation:
             IndexDamagedError: it is missing or can't be read.
         """
         try:
-            return BlockEntry.from_dict(read_sealed(self.entry_file(block)))
+            return BlockEntry.from_dict(read_sealed(self.folder, entry_file(block)))
         except FileNotFoundError as error:
             raise IndexDamagedError(f"the entry of block {block} is missing") from error
         except SealError as error:
             raise IndexDamagedError(str(error)) from error
 
-    def damages(self, block: int) -> Iterator[tuple[Path, str]]:
-        """Reads a finished block whole; yields each chunk that is not what was written, and what is wrong with it."""
+    def damages(self, block: int) -> Iterator[tuple[str, str]]:
+        """Reads a finished block whole; yields the file of each chunk that is not what was written, and how."""
         entry, rows = self.entry(block), self.plan.rows_of(block)
         where = slice(rows.start, rows.stop)
         try:
-            group = self._group("r")
+            with self.folder.clear_errors():
+                self._array("losses")
         except (OSError, KeyError, ValueError) as error:
-            yield self.path / ARRAYS / "zarr.json", f"can't be read: {error}"
+            yield f"{ARRAYS}/zarr.json", f"can't be read: {error}"
             return
+        sizes = self.folder.sizes(f"{ARRAYS}/{chunk}" for chunk, _, _ in self._parts(block))
         for chunk, name, part in self._parts(block):
-            file = self.path / ARRAYS / chunk
+            file = f"{ARRAYS}/{chunk}"
             at = (where,) if name.startswith("total") else (slice(None) if part is None else part, where)
-            if not file.is_file():
+            if sizes[file] is None:
                 yield file, "is missing"
                 continue
             try:
-                values = np.asarray(group[name][at])
+                with self.folder.clear_errors():
+                    values = np.asarray(self._array(name)[at])
             except (OSError, KeyError, ValueError, RuntimeError) as error:
+                if isinstance(error, StorageError):
+                    raise
                 yield file, f"can't be read: {error}"
                 continue
             if _digest(values) != entry.digests[chunk]:
@@ -220,19 +236,22 @@ class Generation:
             IndexDamagedError: a chunk of it is missing or damaged.
         """
         try:
-            values = np.asarray(self._group("r")[name][...])
+            with self.folder.clear_errors():
+                values = np.asarray(self._array(name)[...])
         except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise IndexDamagedError(f"array {name} of {self.path} can't be read: {error}") from error
+            if isinstance(error, StorageError):
+                raise
+            raise IndexDamagedError(f"array {name} of {self.folder} can't be read: {error}") from error
         if np.isnan(values).any():
-            raise IndexDamagedError(f"array {name} of {self.path} has rows that were never written")
+            raise IndexDamagedError(f"array {name} of {self.folder} has rows that were never written")
         return values
 
     def rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """All that is stored of some rows of finished blocks, by array; in the arrays' shapes, with n for N."""
-        group = self._group("r")
         first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
         small = [name for name in ROW_AXES if not name.endswith("_codes")]
-        read = {name: np.asarray(group[name][..., first:end])[..., rows - first] for name in small}
+        with self.folder.clear_errors():
+            read = {name: np.asarray(self._array(name)[..., first:end])[..., rows - first] for name in small}
         steps = [self.codes(step, rows) for step in range(self.plan.num_steps)]
         return read | {"step_codes": np.stack(steps), "total_codes": self.codes(None, rows)}
 
@@ -250,31 +269,63 @@ class Generation:
         return out
 
     def block_codes(self, step: int | None, block: int) -> np.ndarray:
-        """All codes of one block, [n, L], as a memory map."""
-        return self._map(step, block)[: len(self.plan.rows_of(block))]
+        """All codes of one block, [n, L]: a memory map where the store is on this machine."""
+        if self.folder.is_local:
+            return self._map(step, block)[: len(self.plan.rows_of(block))]
+        chunk = _code_chunk(step, block)
+        try:
+            content = self.folder.read(f"{ARRAYS}/{chunk}")
+            codes = np.frombuffer(content, self._dtype, count=len(self.plan.rows_of(block)) * self._length)
+        except (FileNotFoundError, ValueError) as error:
+            raise self._damaged(chunk, "is missing or cut short") from error
+        if _digest(codes) != self._chunk_digest(block, chunk):
+            raise self._damaged(chunk, "does not match its digest")
+        return codes.reshape(-1, self._length)
 
     def size_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return sum(size or 0 for size in self.folder.sizes(self.folder.files()).values())
 
-    def _group(self, mode: Any) -> Any:
-        return zarr.open_group(self.path / ARRAYS, mode=mode)
+    def _opened(self, mode: Any) -> Any:
+        return zarr.open_group(self.folder.arrays(ARRAYS), mode=mode)
+
+    def _array(self, name: str) -> Any:
+        """An array to be read, whose description is read once."""
+        if self._group is None:
+            self._group = self._opened("r")
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
 
     def _map(self, step: int | None, block: int) -> np.ndarray:
+        """The codes of a block in place; where the store is elsewhere, those of the copy that a cache has just now."""
         key = (step, block)
-        if key not in self._maps:
-            file = self._code_file(step, block)
-            shape = (self.plan.block_rows, self._length)
-            try:
-                self._maps[key] = np.memmap(file, dtype=self._dtype, mode="r", shape=shape)
-            except (OSError, ValueError) as error:
-                raise IndexDamagedError(f"chunk {file} is missing or cut short: {error}") from error
-        return self._maps[key]
+        if key in self._maps:
+            return self._maps[key]
+        chunk, shape = _code_chunk(step, block), (self.plan.block_rows, self._length)
+        digest = partial(self._chunk_digest, block, chunk)
+        try:
+            with self.folder.local(f"{ARRAYS}/{chunk}", digest, partial(self._codes_digest, block)) as file:
+                mapped = np.memmap(file, dtype=self._dtype, mode="r", shape=shape)
+        except (OSError, ValueError) as error:
+            if isinstance(error, StorageError | IndexDamagedError):
+                raise
+            raise self._damaged(chunk, "is missing or cut short") from error
+        if self.folder.is_local:
+            self._maps[key] = mapped
+        return mapped
 
-    def _code_file(self, step: int | None, block: int) -> Path:
-        return self.path / ARRAYS / _code_chunk(step, block)
+    def _damaged(self, chunk: str, problem: str) -> IndexDamagedError:
+        return IndexDamagedError(f"chunk {self.folder.at(f'{ARRAYS}/{chunk}')} {problem}; `loopsway verify` names more")
 
-    def entry_file(self, block: int) -> Path:
-        return self.path / BLOCKS / f"{block:06d}.json"
+    def _chunk_digest(self, block: int, chunk: str) -> str:
+        if block not in self._entries:
+            self._entries[block] = self.entry(block)
+        return self._entries[block].digests[chunk]
+
+    def _codes_digest(self, block: int, file: Path) -> str:
+        """Of a file that holds a block's codes, as in the block's entry; of one that is cut short it is another."""
+        count = len(self.plan.rows_of(block)) * self._length
+        return _digest(np.fromfile(file, dtype=self._dtype, count=count))
 
     def _parts(self, block: int) -> Iterator[tuple[str, str, int | None]]:
         """Of each chunk of a block: its path in the arrays, its array, and which step of it (None: the array has one
@@ -289,9 +340,13 @@ class Generation:
             yield f"{name}/c/{block}", name, None
 
 
+def entry_file(block: int) -> str:
+    return f"{BLOCKS}/{block:06d}.json"
+
+
 def _code_chunk(step: int | None, block: int) -> str:
     return f"total_codes/c/{block}/0" if step is None else f"step_codes/c/{step}/{block}/0"
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).hexdigest()
+    return bytes_digest(np.ascontiguousarray(values).data)

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import SealError, file_digest, read_sealed
-from .manifest import HISTORY, MANIFEST, PLAN, IndexDamagedError, Manifest
+from .addresses import open_folder
+from .folders import Folder, IndexDamagedError
+from .manifest import MANIFEST, PLAN, Manifest, history_file
 from .progress import BuildProgress
-from .store import Generation
+from .sealed import SealError, read_sealed
+from .store import Generation, entry_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +19,11 @@ class Damage:
     """A piece of an index that is not what was written.
 
     Attributes:
-        file: the piece.
+        file: the piece, by its path or URL.
         problem: what is wrong with it.
     """
 
-    file: Path
+    file: str
     problem: str
 
     def __str__(self) -> str:
@@ -34,20 +36,20 @@ def verify_index(path: str | Path, *, progress: bool = True) -> list[Damage]:
     Reads all of it, and compares every file and every block's part of every array with the digest that the build kept.
 
     Args:
-        path: the index's folder.
+        path: the index's folder, or its URL.
         progress: whether to draw progress on the terminal.
 
     Raises:
         IndexNotFoundError: there is no index, or it is unfinished.
     """
-    path = Path(path)
+    folder = open_folder(path)
     try:
-        manifest = Manifest.read(path)
+        manifest = Manifest.read(folder)
     except IndexDamagedError as error:
-        return [Damage(file=path / MANIFEST, problem=str(error))]
-    stored = [Generation(path / part.folder, part.plan) for part in manifest.parts]
+        return [Damage(file=folder.at(MANIFEST), problem=str(error))]
+    stored = [Generation(folder / part.folder, part.plan) for part in manifest.parts]
     with BuildProgress(shown=progress) as bars:
-        found = {damage.file: damage for damage in _damaged_files(path, manifest)}
+        found = {damage.file: damage for damage in _damaged_files(folder, manifest)}
         bars.begin("reading blocks", sum(part.plan.num_blocks for part in manifest.parts))
         for generation in stored:
             for block in range(generation.plan.num_blocks):
@@ -57,28 +59,30 @@ def verify_index(path: str | Path, *, progress: bool = True) -> list[Damage]:
     return list(found.values())
 
 
-def _damaged_files(path: Path, manifest: Manifest) -> Iterator[Damage]:
-    for name, facts in manifest.all_files.items():
-        file = path / name
-        if not file.is_file():
-            yield Damage(file=file, problem="is missing")
-        elif file.stat().st_size != facts["size_bytes"]:
-            yield Damage(file=file, problem=f"has {file.stat().st_size:,} bytes, not {facts['size_bytes']:,}")
-        elif file_digest(file) != facts["digest"]:
-            yield Damage(file=file, problem="does not match its digest")
-    sealed = [path / part.folder / PLAN for part in manifest.parts]
-    sealed += [path / HISTORY / f"{generation:06d}.json" for generation in {*Manifest.kept(path), manifest.generation}]
-    for file in sealed:
+def _damaged_files(folder: Folder, manifest: Manifest) -> Iterator[Damage]:
+    files = manifest.all_files
+    sizes = folder.sizes(files)
+    for name, facts in files.items():
+        if sizes[name] is None:
+            yield Damage(file=folder.at(name), problem="is missing")
+        elif sizes[name] != facts["size_bytes"]:
+            yield Damage(file=folder.at(name), problem=f"has {sizes[name]:,} bytes, not {facts['size_bytes']:,}")
+        elif folder.digest(name) != facts["digest"]:
+            yield Damage(file=folder.at(name), problem="does not match its digest")
+    sealed = [f"{part.folder}/{PLAN}" for part in manifest.parts]
+    sealed += map(history_file, {*Manifest.kept(folder), manifest.generation})
+    for name in sealed:
         try:
-            read_sealed(file)
+            read_sealed(folder, name)
         except FileNotFoundError:
-            yield Damage(file=file, problem="is missing")
+            yield Damage(file=folder.at(name), problem="is missing")
         except SealError as error:
-            yield Damage(file=file, problem=str(error))
+            yield Damage(file=folder.at(name), problem=str(error))
 
 
 def _damages_of(generation: Generation, block: int) -> list[Damage]:
+    at = generation.folder.at
     try:
-        return [Damage(file=file, problem=problem) for file, problem in generation.damages(block)]
+        return [Damage(file=at(file), problem=problem) for file, problem in generation.damages(block)]
     except IndexDamagedError as error:
-        return [Damage(file=generation.entry_file(block), problem=str(error))]
+        return [Damage(file=at(entry_file(block)), problem=str(error))]
