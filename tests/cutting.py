@@ -47,9 +47,7 @@ def _start_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def finished_build(
-    path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}
-) -> int:
+def finished_build(path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}) -> int:
     """The exit code of a build that ends by itself; -9 when it killed itself at its point."""
     process = start_build(path, log, point, environment)
     process.join(timeout=120)

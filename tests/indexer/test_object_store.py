@@ -84,9 +84,7 @@ def copied_url(whole_url: str, url: str) -> str:
 def stored(url: str) -> dict[str, bytes]:
     """What `contents` gives of a local index."""
     folder = open_folder(url)
-    return {
-        name: folder.read(name) for name in folder.files() if "/arrays.zarr/" in name or name.endswith(".parquet")
-    }
+    return {name: folder.read(name) for name in folder.files() if "/arrays.zarr/" in name or name.endswith(".parquet")}
 
 
 def entries(url: str) -> set[int]:
