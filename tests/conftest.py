@@ -6,13 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import object_store
+
 # Before torch and FAISS are imported, here and in the subprocesses of tests: the models are tiny, and OpenMP threads
 # that spin for one another slow such work down, tenfold on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def store_variables() -> Iterator[dict[str, str]]:
+    """The environment of those who use an object store that runs meanwhile."""
+    with object_store.running_store() as variables:
+        yield variables
 
 
 @pytest.fixture(scope="session")

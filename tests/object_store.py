@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -51,8 +50,3 @@ def _wait(address: str, server: subprocess.Popen[bytes]) -> None:
         else:
             return
     raise TimeoutError("the object store's server does not answer")
-
-
-def use(environment: dict[str, str]) -> None:
-    """For this process."""
-    os.environ.update(environment)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,15 @@ def tiny_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def target(tiny_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `loopsway serve` answers for the small index."""
-    folder = tmp_path_factory.mktemp("serve")
+    with served(tiny_index, tmp_path_factory.mktemp("serve")) as target:
+        yield target
+
+
+@contextmanager
+def served(index: Path | str, folder: Path) -> Iterator[str]:
+    """Runs `loopsway serve` on an index of the small task; gives where it answers."""
     ready, log = folder / "ready", folder / "log"
-    options = ["--index", str(tiny_index), "--task", TASK_SPEC, "--port", "0", "--ready-file", str(ready)]
+    options = ["--index", str(index), "--task", TASK_SPEC, "--port", "0", "--ready-file", str(ready)]
     with (
         log.open("wb") as output,
         subprocess.Popen([*COMMAND, "serve", *options], stdout=output, stderr=output) as child,

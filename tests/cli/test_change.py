@@ -40,7 +40,7 @@ def test_an_index_through_its_life(tmp_path: Path) -> None:
     assert invoke(["delete", path, "--ids", "tiny-5"]).stdout == f"{path}: deleted 1 examples\n"
     assert invoke(["compact", path]).stdout.startswith(f"{path}: 41 examples x 3 steps, ")
     pruned = invoke(["prune", path])
-    assert pruned.stdout.startswith(f"{path}: removed generations 1, 2, 3, 4, 5; 5 folders, ")
+    assert pruned.stdout.startswith(f"{path}: removed generations 1, 2, 3, 4, 5; 5 parts, ")
     assert invoke(["verify", path]).exit_code == 0
     index = open_index(path)
     assert (index.num_examples, index.num_rows, index.generation) == (41, 41, 6)
