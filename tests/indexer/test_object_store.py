@@ -128,6 +128,15 @@ def test_files_are_fetched_once_and_searched_in_the_cache(whole_url: str, enviro
     assert cached(environment) == files
 
 
+def test_after_warming_up_a_search_fetches_nothing(whole_url: str, environment: dict[str, str]) -> None:
+    index = open_index(whole_url)
+    index.warm_up()
+    files = cached(environment)
+    assert len(files) >= 5 + 5 * 4 + 2
+    answers(index, k=COUNT)
+    assert cached(environment) == files
+
+
 def test_a_finished_index_is_opened_by_the_same_build(whole_url: str, environment: dict[str, str]) -> None:
     before = open_folder(whole_url).files()
     assert build_on(whole_url).num_examples == COUNT
@@ -246,7 +255,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(whole_url: str, environmen
 def test_the_cache_stays_within_its_bytes(
     whole_url: str, environment: dict[str, str], whole_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faiss = sum(file.stat().st_size for file in whole_index.rglob("*.faiss"))
+    faiss = sum(file.stat().st_size for pattern in ("*.faiss", "rows.npy") for file in whole_index.rglob(pattern))
     other = sum(file.stat().st_size for file in whole_index.rglob("*.parquet"))
     chunk = next(whole_index.glob("generations/*/arrays.zarr/total_codes/c/0/0")).stat().st_size
     limit = faiss + other + 2 * chunk

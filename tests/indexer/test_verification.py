@@ -18,6 +18,7 @@ KINDS = {
     "the examples": "generations/*/examples.parquet",
     "the skipped examples": "generations/*/skipped.parquet",
     "what recall was measured": "generations/*/recall.json",
+    "the row table": "generations/*/rows.npy",
     "a step's FAISS index": "generations/*/faiss/step-0002-00.faiss",
     "the total's FAISS index": "generations/*/faiss/total-00.faiss",
     "the arrays' description": "generations/*/arrays.zarr/zarr.json",

@@ -7,6 +7,7 @@ import click
 from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
+from .export import export
 from .inspection import inspect
 from .query import query
 from .serve import serve
@@ -23,5 +24,5 @@ def loopsway() -> None:
     """
 
 
-for command in (train, build, add, delete, compact, prune, inspect, verify, serve, query, demo):
+for command in (train, build, add, delete, compact, prune, inspect, verify, export, serve, query, demo):
     loopsway.add_command(command)

@@ -8,6 +8,7 @@ from .blocks import NonFiniteExampleError
 from .build import add_examples, build_index
 from .config import Checkpoint, Loop, SketchConfig
 from .editing import compact_index, delete_examples, prune_index
+from .export import export_index
 from .features import ExampleSketcher
 from .folders import IndexDamagedError, StorageError
 from .index import Index, UnknownExampleError, open_index
@@ -47,6 +48,7 @@ __all__ = [
     "build_index",
     "compact_index",
     "delete_examples",
+    "export_index",
     "is_shipped",
     "load_task",
     "open_index",

@@ -71,16 +71,25 @@ def code_examples(sketches: Tensor, *, seed: int, bits: int) -> tuple[Codes, Cod
 
 def rotate(sketches: Tensor, seed: int) -> Tensor:
     """The random rotation of the last dimension, W a power of two; inner products stay."""
-    width = sketches.shape[-1]
-    out = sketches.float() * _signs(seed, width, sketches.device)
+    return _transformed(sketches.float() * _signs(seed, sketches.shape[-1], sketches.device))
+
+
+def rotate_back(rotated: Tensor, seed: int) -> Tensor:
+    """The inverse of `rotate`."""
+    return _transformed(rotated.float()) * _signs(seed, rotated.shape[-1], rotated.device)
+
+
+def _transformed(values: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of the last dimension, without its scale; it is symmetric."""
+    width = values.shape[-1]
     inner = min(LARGEST_FACTOR, width)
-    out = out.reshape(-1, inner) @ _hadamard(inner, out.device)
+    out = values.reshape(-1, inner) @ _hadamard(inner, values.device)
     stride = inner
     while stride < width:  # H_W is a Kronecker product: multiply by one factor at a time, along its own dimension
         size = min(LARGEST_FACTOR, width // stride)
         out = _hadamard(size, out.device) @ out.reshape(-1, size, stride)
         stride *= size
-    return out.reshape(sketches.shape)
+    return out.reshape(values.shape)
 
 
 def encode(rotated: Tensor, bits: int) -> Codes:

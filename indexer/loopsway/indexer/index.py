@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 
 from .addresses import open_folder
-from .coding import variance_factor
+from .coding import rotate_back, variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
 from .folders import IndexDamagedError, LocalFolder
 from .joined import JoinedSlot
@@ -71,8 +72,10 @@ class Index:
         self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
         self._is_deleted = self._read_deleted()
         parts = [
-            open_slots(stored, np.flatnonzero(deleted))
-            for stored, deleted in zip(self._stored, self._by_part(self._is_deleted), strict=True)
+            open_slots(stored, part.own_files, np.flatnonzero(deleted))
+            for part, stored, deleted in zip(
+                self.manifest.parts, self._stored, self._by_part(self._is_deleted), strict=True
+            )
         ]
         for part, slots in zip(self.manifest.parts, parts, strict=True):
             for slot in slots.values():
@@ -217,6 +220,15 @@ class Index:
             for name, axis in ROW_AXES.items()
         }
 
+    def sketches(self, rows: np.ndarray) -> np.ndarray:
+        """Sketches as their codes have them, float32 [n, S + 1, W]: of each step, then of the total.
+
+        Their inner products with a query's sketch are the influences that searches give.
+        """
+        slots = [*range(self.num_steps), None]
+        decoded = np.stack([self._slots[slot].rows(rows) for slot in slots], axis=1)
+        return rotate_back(torch.from_numpy(decoded), self.config.seed).numpy()
+
     def live_rows(self) -> np.ndarray:
         """Rows that are not deleted, int64, ascending."""
         return np.flatnonzero(~self._is_deleted)
@@ -264,6 +276,14 @@ class Index:
                 f"example {example_id!r} was skipped when index {self.name} was built: its {self.skipped[example_id]}"
             )
         return row
+
+    def warm_up(self) -> None:
+        """Reads what searches read, so that the first is as fast as later ones; from an object store, fetches it."""
+        for stored in self._stored:
+            stored.read_ahead()
+        noise = np.random.default_rng(0).standard_normal((self.num_steps, self.width)).astype(np.float32)
+        for resolve in ("query_step", "train_step"):
+            self.search(noise, resolve=resolve)
 
     def search(
         self, query_sketches: Any, k: int = 10, resolve: Resolve = "query_step", steps: Sequence[int] | None = None
@@ -344,7 +364,7 @@ class Index:
         norms = np.linalg.norm(vectors, axis=2)
         errors = np.stack(
             [
-                self._errors(influences[:, :, place], self._slots[pair.slot].norms[rows], norms[:, pair.query, None])
+                self._errors(influences[:, :, place], self._slots[pair.slot].norms_of(rows), norms[:, pair.query, None])
                 for place, pair in enumerate(wanted)
             ],
             axis=2,
@@ -365,7 +385,7 @@ class Index:
             ranked = self._slots[slot].search(queries, k)
             norms = np.linalg.norm(queries, axis=1)
             answers = [
-                (rows, scores, self._errors(scores, self._slots[slot].norms[rows], norm))
+                (rows, scores, self._errors(scores, self._slots[slot].norms_of(rows), norm))
                 for (rows, scores), norm in zip(ranked, norms, strict=True)
             ]
             for place, pair in enumerate(mine):

@@ -5,8 +5,7 @@ N rows, M queries, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,20 +23,28 @@ class JoinedSlot:
         self._slots = list(slots)
         self._starts = np.cumsum([0, *(len(slot.factors) for slot in slots)])
 
-    @cached_property
+    @property
     def norms(self) -> np.ndarray:
         """[N] of the sketches."""
         return np.concatenate([slot.norms for slot in self._slots])
 
+    def norms_of(self, rows: np.ndarray) -> np.ndarray:
+        """Norms of the sketches in these rows, float32 [n]."""
+        return self._gathered(rows, lambda slot, own: slot.norms[own])
+
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Decoded rows, float32 [n, W]."""
+        return self._gathered(rows, lambda slot, own: slot.rows(own))
+
+    def _gathered(self, rows: np.ndarray, read: Callable[[Slot, np.ndarray], np.ndarray]) -> np.ndarray:
+        """What is read of rows, part by part, in their order."""
         if len(self._slots) == 1:
-            return self._slots[0].rows(rows)
+            return read(self._slots[0], rows)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
-        decoded = [slot.rows(rows[parts == part] - self._starts[part]) for part, slot in enumerate(self._slots)]
-        out = np.empty((len(rows), decoded[0].shape[1]), np.float32)
-        for part, values in enumerate(decoded):
-            out[parts == part] = values
+        values = [read(slot, rows[parts == part] - self._starts[part]) for part, slot in enumerate(self._slots)]
+        out = np.empty((len(rows), *values[0].shape[1:]), np.float32)
+        for part, own in enumerate(values):
+            out[parts == part] = own
         return out
 
     def search(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:

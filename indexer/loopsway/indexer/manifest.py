@@ -17,7 +17,7 @@ from .files import file_digest
 from .folders import FileFacts, Folder, IndexDamagedError
 from .sealed import SealError, read_sealed, write_sealed
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST, HISTORY, PARTS, PLAN = "manifest.json", "manifests", "generations", "plan.json"
 
 

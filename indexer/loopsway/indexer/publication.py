@@ -16,6 +16,7 @@ from .folders import FileFacts, Folder, facts_of
 from .index import EXAMPLES, RECALL, SKIPPED
 from .manifest import Manifest, Part
 from .progress import BuildProgress
+from .row_table import ROWS, write_row_table
 from .search import Slot, open_slots
 from .stopping import Stop
 from .store import ARRAYS, ROW_AXES, Generation, Skipped
@@ -49,7 +50,8 @@ def finished_part(
         StoppedError: a signal asked it to stop.
     """
     files = {EXAMPLES: write_table(generation.folder, EXAMPLES, examples)}
-    slots = open_slots(generation)
+    files[ROWS] = write_row_table(generation)
+    slots = open_slots(generation, files)
     bars.begin("indexing steps", len(slots))
     recalls: dict[str, float] = {}
     for step, slot in slots.items():

@@ -21,6 +21,7 @@ import numpy as np
 
 from .coding import decode
 from .folders import FileFacts, IndexDamagedError
+from .row_table import open_row_table
 from .store import Generation
 
 FAISS_FOLDER = "faiss"
@@ -225,18 +226,19 @@ def _new_index(faiss: Any, width: int, bits: int) -> Any:
     return faiss.IndexScalarQuantizer(width, kind, metric)
 
 
-def open_slots(generation: Generation, deleted: np.ndarray | None = None) -> dict[int | None, Slot]:
+def open_slots(
+    generation: Generation, files: Mapping[str, FileFacts], deleted: np.ndarray | None = None
+) -> dict[int | None, Slot]:
     """The slots of a generation, by step, the total under None; their FAISS indices are not loaded yet.
 
     Args:
-        generation: with all blocks written.
+        generation: with all blocks and the row table written.
+        files: facts of the generation's files, by name.
         deleted: rows that no search finds.
     """
-    arrays = {name: generation.array(name) for name in ("step_factors", "step_norms", "total_factors", "total_norms")}
-    slots: dict[int | None, Slot] = {
-        None: Slot(generation, None, factors=arrays["total_factors"], norms=arrays["total_norms"], deleted=deleted)
+    table = open_row_table(generation, files)
+    steps: list[int | None] = [*range(generation.plan.num_steps), None]
+    return {
+        step: Slot(generation, step, factors=factors, norms=norms, deleted=deleted)
+        for step, factors, norms in zip(steps, table.factors, table.norms, strict=True)
     }
-    for step in range(generation.plan.num_steps):
-        factors, norms = arrays["step_factors"][step], arrays["step_norms"][step]
-        slots[step] = Slot(generation, step, factors=factors, norms=norms, deleted=deleted)
-    return slots

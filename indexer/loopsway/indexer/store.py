@@ -14,6 +14,7 @@ This file knows no model, no FAISS and no manifest.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from .sealed import SealError, read_sealed, write_sealed
 
 ARRAYS = "arrays.zarr"
 BLOCKS = "blocks"
+SMALL_ARRAYS = ("step_factors", "total_factors", "step_norms", "total_norms")
 READS = 16  # of entries, at once
 # Of each array, the dimension of the rows.
 ROW_AXES = {"step_codes": 1, "step_factors": 1, "step_norms": 1, "total_codes": 0, "total_factors": 0, "total_norms": 0,
@@ -229,22 +231,24 @@ class Generation:
             if _digest(values) != entry.digests[chunk]:
                 yield file, "does not match its digest"
 
-    def array(self, name: str) -> np.ndarray:
-        """One of the small arrays (factors, norms, losses), whole.
+    def small_arrays(self, block: int) -> dict[str, np.ndarray]:
+        """A finished block's part of the factors and norms, by array; in the arrays' shapes, with n for N.
 
         Raises:
             IndexDamagedError: a chunk of it is missing or damaged.
         """
-        try:
-            with self.folder.clear_errors():
-                values = np.asarray(self._array(name)[...])
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, StorageError):
-                raise
-            raise IndexDamagedError(f"array {name} of {self.folder} can't be read: {error}") from error
-        if np.isnan(values).any():
-            raise IndexDamagedError(f"array {name} of {self.folder} has rows that were never written")
-        return values
+        rows, read = self.plan.rows_of(block), {}
+        for name in SMALL_ARRAYS:
+            try:
+                with self.folder.clear_errors():
+                    read[name] = np.asarray(self._array(name)[..., rows.start : rows.stop])
+            except (OSError, KeyError, ValueError, RuntimeError) as error:
+                if isinstance(error, StorageError):
+                    raise
+                raise IndexDamagedError(f"array {name} of {self.folder} can't be read: {error}") from error
+            if np.isnan(read[name]).any():
+                raise IndexDamagedError(f"array {name} of {self.folder} has rows that were never written")
+        return read
 
     def rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """All that is stored of some rows of finished blocks, by array; in the arrays' shapes, with n for N."""
@@ -281,6 +285,13 @@ class Generation:
         if _digest(codes) != self._chunk_digest(block, chunk):
             raise self._damaged(chunk, "does not match its digest")
         return codes.reshape(-1, self._length)
+
+    def read_ahead(self) -> None:
+        """Maps the codes of all blocks and asks the system to read them."""
+        for step in (*range(self.plan.num_steps), None):
+            for block in range(self.plan.num_blocks):
+                codes: Any = self._map(step, block)
+                codes.base.madvise(mmap.MADV_WILLNEED)
 
     def size_bytes(self) -> int:
         return sum(size or 0 for size in self.folder.sizes(self.folder.files()).values())

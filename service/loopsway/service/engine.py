@@ -112,7 +112,8 @@ class Engine:
         return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
 
     async def warm_up(self) -> None:
-        """Answers one query of each kind, so that files are read and first-call costs are paid before requests."""
+        """Reads files and answers one query of each kind, so that no request pays for what happens but once."""
+        await self._in_thread(self.index.warm_up)
         if self._model is not None:
             query = await self._model.warm_up()
         else:
