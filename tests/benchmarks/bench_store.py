@@ -37,7 +37,7 @@ from loopsway.indexer.manifest import PLAN, Plan
 from loopsway.indexer.progress import BuildProgress
 from loopsway.indexer.publication import finished_part, publish
 from loopsway.indexer.sealed import write_sealed
-from loopsway.indexer.search import shard_rows
+from loopsway.indexer.search import import_faiss, shard_rows
 from loopsway.indexer.stopping import Stop
 from loopsway.indexer.store import CodedExamples, Generation
 
@@ -113,6 +113,7 @@ def measured(folder: Path, count: int, width: int, repeats: int) -> dict[str, fl
 
 def opened(path: Path, repeats: int) -> dict[str, float]:
     """Of an index that this process has not touched: opening, memory, the first search and later ones."""
+    import_faiss()
     before, begin = resident(), time.perf_counter()
     index = open_index(path)
     found = {"open": time.perf_counter() - begin, "open MiB": (resident() - before) / MIB}

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG
-from loopsway.indexer import Index, NonFiniteExampleError, build_index, load_task, open_index, verify_index
+from loopsway.indexer import (
+    Index,
+    NonFiniteExampleError,
+    add_examples,
+    build_index,
+    load_task,
+    open_index,
+    verify_index,
+)
+from loopsway.indexer.examples import SubsetTask
 
 from .conftest import contents
 
@@ -64,6 +73,22 @@ def test_an_actor_that_is_killed_in_a_block_is_replaced(whole_index: Path, tmp_p
     build(path, marker=str(marker))
     assert marker.exists()
     assert contents(path) == contents(whole_index)
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_actors_add_what_is_new_of_a_file_that_has_grown(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"driver": os.getpid()}
+    options: dict[str, Any] = {"block_rows": BLOCK_ROWS, "batch_size": BATCH_SIZE, "progress": False}
+    engines: tuple[dict[str, Any], ...] = ({"engine": "local"}, {"engine": "ray", "workers": 2})
+    grown = []
+    for engine in engines:
+        path, task = tmp_path / f"{engine['engine']}.index", load_task(SPEC, arguments)
+        build_index(SubsetTask(task, range(7, 40)), path, CONFIG, **options)
+        named: dict[str, Any] = {"task_spec": SPEC, "task_arguments": arguments}
+        add_examples(task, path, skip_existing=True, **named, **engine, **options)
+        grown.append(contents(path))
+    assert grown[0] == grown[1]
+    assert len([name for name in grown[0] if name.endswith("examples.parquet")]) == 2
 
 
 @pytest.mark.usefixtures("_cluster")

@@ -148,11 +148,8 @@ def add_examples(
     with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         rows = _new_rows(task, index, skip_existing=skip_existing)
-        is_whole = len(rows) == len(task.examples())
-        if engine == "ray" and not is_whole:
-            raise ValueError('skip_existing=True works with engine="local" alone: actors sketch the whole task')
         builder = PartBuilder(
-            task if is_whole else SubsetTask(task, rows),
+            task if len(rows) == len(task.examples()) else SubsetTask(task, rows),
             config,
             task_spec=task_spec,
             task_arguments=task_arguments,

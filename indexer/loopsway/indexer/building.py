@@ -15,7 +15,7 @@ from .changes import refuse_changed_results
 from .coding import row_bytes
 from .config import SketchConfig
 from .engines import Engine, LocalEngine
-from .examples import code_digest, example_table, examples_digest
+from .examples import SubsetTask, code_digest, example_table, examples_digest
 from .features import ExampleSketcher
 from .folders import Folder, IndexDamagedError
 from .manifest import PLAN, IndexExistsError, Part, Plan, checkpoint_digests
@@ -86,7 +86,13 @@ class PartBuilder:
             from .ray_engine import RayEngine  # here: it is an extra's
 
             self._engine = RayEngine(
-                task_spec, task_arguments or {}, device=device, nonfinite=nonfinite, workers=workers, address=address
+                task_spec,
+                task_arguments or {},
+                rows=task.rows if isinstance(task, SubsetTask) else None,
+                device=device,
+                nonfinite=nonfinite,
+                workers=workers,
+                address=address,
             )
 
     def build(self, folder: Folder) -> Part:

@@ -28,7 +28,7 @@ class SubsetTask(Task):
     """
 
     def __init__(self, task: Task, rows: Sequence[int]) -> None:
-        self.task, self._rows, self._all = task, rows, task.examples()
+        self.task, self.rows, self._all = task, list(rows), task.examples()
         self.loop = task.loop
 
     def checkpoints(self) -> Sequence[Checkpoint]:
@@ -41,7 +41,7 @@ class SubsetTask(Task):
         return self.task.second_moments(checkpoint)
 
     def examples(self) -> Sequence[Any]:
-        return _Chosen(self._all, self._rows)
+        return _Chosen(self._all, self.rows)
 
     def collate(self, examples: Sequence[Any]) -> Any:
         return self.task.collate(examples)
@@ -50,13 +50,13 @@ class SubsetTask(Task):
         return self.task.losses(model, batch)
 
     def example_id(self, row: int) -> str:
-        return self.task.example_id(self._rows[row])
+        return self.task.example_id(self.rows[row])
 
     def metadata(self, row: int) -> Mapping[str, Any]:
-        return self.task.metadata(self._rows[row])
+        return self.task.metadata(self.rows[row])
 
     def describe(self, row: int) -> str:
-        return self.task.describe(self._rows[row])
+        return self.task.describe(self.rows[row])
 
 
 class _Chosen(Sequence[Any]):

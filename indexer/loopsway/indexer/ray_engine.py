@@ -16,6 +16,7 @@ import torch
 
 from .addresses import open_folder
 from .blocks import BlockSketcher, NonFinite
+from .examples import SubsetTask
 from .features import ExampleSketcher
 from .manifest import Plan
 from .store import Generation
@@ -40,6 +41,7 @@ class RayEngine:
     Args:
         task_spec: of the task, which each actor makes for itself.
         task_arguments: its constructor's.
+        rows: the task's examples that are to be sketched; None: all.
         device: "cuda" for actors with a GPU each, "cpu" for actors with a CPU each.
         nonfinite: as `BlockSketcher`.
         workers: number of actors; None: one for each GPU of the cluster, or CPU.
@@ -54,6 +56,7 @@ class RayEngine:
         task_spec: str | None,
         task_arguments: Mapping[str, Any],
         *,
+        rows: Sequence[int] | None,
         device: str,
         nonfinite: NonFinite,
         workers: int | None,
@@ -63,7 +66,7 @@ class RayEngine:
             raise ValueError(
                 'engine="ray" needs task_spec, such as "path/to/file.py:MyTask": each actor makes the task itself'
             )
-        self._task = (_absolute(task_spec), dict(task_arguments), device, nonfinite)
+        self._task = (_absolute(task_spec), dict(task_arguments), rows, device, nonfinite)
         self._address, self._resource = address, "GPU" if device.startswith("cuda") else "CPU"
         self._starts_cluster = not ray.is_initialized()
         if self._starts_cluster:
@@ -134,9 +137,11 @@ class _Worker:
     def __init__(self, path: list[str], threads: int, task: tuple[Any, ...], folder: str, plan: dict[str, Any]) -> None:
         sys.path[:] = path
         torch.set_num_threads(threads)
-        spec, arguments, device, nonfinite = task
+        spec, arguments, rows, device, nonfinite = task
         self._generation = Generation(open_folder(folder), Plan.from_dict(plan))
         made, stored = load_task(spec, arguments), self._generation.plan
+        if rows is not None:
+            made = SubsetTask(made, rows)
         sketcher = ExampleSketcher(made, stored.config, device=device, batch_size=stored.batch_size)
         self._blocks = BlockSketcher(made, sketcher, nonfinite=nonfinite)
 
