@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from looped import LoopedTask
 from loopsway.indexer import (
@@ -63,6 +64,8 @@ def test_an_index_of_an_earlier_version_answers_as_it_did(name: str, tmp_path: P
     assert now == then
     assert verify_index(path, progress=False) == []
     assert open_index(path, generation=1).num_examples == FIRST
+    arrays: Any = zarr.open(path / "generations/000001/arrays.zarr", mode="r")  # as the README shows
+    np.testing.assert_array_equal(arrays["step_norms"][...], open_index(path).step_norms()[:, :FIRST])
     assert compact_index(path, progress=False).num_examples == COUNT - 2
 
 
