@@ -15,7 +15,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .folders import IndexDamagedError, StorageError
@@ -131,7 +131,7 @@ class Cache:
         return True
 
     def _make_room(self, size_bytes: int, added: Path) -> None:
-        oldest_first = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.name) for entry in self._entries())
+        oldest_first = sorted(self._entries())
         used = sum(size for _, size, name in oldest_first if name != added.name)
         now = time.time()
         for modified, size, name in oldest_first:
@@ -140,7 +140,7 @@ class Cache:
             else:
                 removable = used + size_bytes > self.limit_bytes and self._kept[name] <= 0
             if removable:
-                (self.folder / name).unlink()
+                (self.folder / name).unlink(missing_ok=True)
                 used -= size
         if used + size_bytes > self.limit_bytes:
             raise StorageError(
@@ -149,9 +149,14 @@ class Cache:
                 f"or being fetched, and {size_bytes:,} more are needed: set {BYTES_VARIABLE} higher",
             )
 
-    def _entries(self) -> list[os.DirEntry[str]]:
+    def _entries(self) -> Iterator[tuple[float, int, str]]:
+        """Time of last use, size and name of each file."""
         with os.scandir(self.folder) as entries:
-            return [entry for entry in entries if entry.name != ".lock"]
+            for entry in entries:
+                with suppress(FileNotFoundError):  # what another process fetched has got its name meanwhile
+                    if entry.name != ".lock":
+                        facts = entry.stat()
+                        yield facts.st_mtime, facts.st_size, entry.name
 
     @contextmanager
     def _lock(self, how: int) -> Iterator[None]:

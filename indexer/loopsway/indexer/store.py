@@ -211,6 +211,8 @@ class Generation:
             with self.folder.clear_errors():
                 self._array("losses")
         except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, StorageError):
+                raise
             yield f"{ARRAYS}/zarr.json", f"can't be read: {error}"
             return
         sizes = self.folder.sizes(f"{ARRAYS}/{chunk}" for chunk, _, _ in self._parts(block))
