@@ -45,5 +45,5 @@ def test_files_and_links_that_the_readme_names_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
         assert (README.parent / target).exists(), target
     tree = text[text.index("## The tree") :].split("```")[1]
-    for name in re.findall(r"[a-z_]+\.(?:py|proto)\b", tree):
+    for name in re.findall(r"[a-z0-9_]+\.(?:py|proto)\b", tree):
         assert list(README.parent.glob(f"*/**/{name}")), name
