@@ -20,10 +20,16 @@ from loopsway.indexer import SketchConfig, blocks, build_index, lock, manifest, 
 COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
 CONFIG = SketchConfig(width=256, bits=1)
 LEASE_S = 0.9  # of the lock on an object store
+KILLED = -signal.SIGKILL  # the exit code
 POINTS = ("in a block", "after chunks", "after an entry", "while indexing", "before publishing", "after publishing")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["cutting"])
+
+
+def computed(log: Path) -> list[int]:
+    """The blocks that a build computed, in order."""
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
 def start_build(path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}) -> Any:
@@ -61,7 +67,7 @@ def killed_build(path: Path | str, log: Path, after_s: float, environment: Mappi
     time.sleep(after_s)
     process.kill()
     process.join()
-    return process.exitcode == -signal.SIGKILL
+    return process.exitcode == KILLED
 
 
 def _build(path: Path | str, log: Path, point: str | None, environment: dict[str, str]) -> None:

@@ -9,21 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cutting import POINTS, finished_build, killed_build, start_build
+from cutting import KILLED, POINTS, computed, finished_build, killed_build, start_build
 from loopsway.indexer import IndexLockedError, IndexNotFoundError, open_index, verify_index
 
 from .conftest import build, contents
 
-KILLED = -9
 NUM_KILLS, KILLS_OF_AN_INDEX = 30, 5
 
 
 def entries(path: Path) -> set[int]:
     return {int(file.stem) for file in path.glob("generations/*/blocks/*.json")}
-
-
-def computed(log: Path) -> list[int]:
-    return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
 def assert_whole(path: Path, whole: Path) -> None:

@@ -9,11 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import object_store
-from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT, LEASE_S, POINTS, finished_build, killed_build, start_build
+from cutting import (
+    BATCH_SIZE,
+    BLOCK_ROWS,
+    CONFIG,
+    COUNT,
+    KILLED,
+    LEASE_S,
+    POINTS,
+    computed,
+    finished_build,
+    killed_build,
+    start_build,
+)
 from looped import LoopedTask
 from loopsway.indexer import (
     Index,
@@ -31,13 +42,12 @@ from loopsway.indexer import (
     verify_index,
 )
 from loopsway.indexer.addresses import open_folder
-from loopsway.indexer.examples import SubsetTask
 from loopsway.indexer.s3_folder import S3Folder
 
 from .conftest import build, contents
+from .test_growth import part_of, queries
 from .test_verification import KINDS
 
-KILLED = -9
 NUM_KILLS, KILLS_OF_AN_INDEX = 6, 3
 
 
@@ -82,14 +92,6 @@ def stored(url: str) -> dict[str, bytes]:
 
 def entries(url: str) -> set[int]:
     return {int(Path(name).stem) for name in open_folder(url).files() if "/blocks/" in name}
-
-
-def computed(log: Path) -> list[int]:
-    return [int(line) for line in log.read_text().split()] if log.exists() else []
-
-
-def queries() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((3, 4, 256)).astype(np.float32)
 
 
 def answers(index: Index, k: int = 7) -> list[Any]:
@@ -211,10 +213,6 @@ def test_an_index_grows_and_shrinks_as_a_local_one(url: str, environment: dict[s
     assert left == {file for file in open_folder(local).files() if file != "writer.lock"}
 
 
-def part_of(rows: range) -> Any:
-    return SubsetTask(LoopedTask(count=COUNT), rows)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_damage_is_found_and_named(copied_url: str, kind: str) -> None:
     folder = open_folder(copied_url)
@@ -273,21 +271,12 @@ def test_the_cache_stays_within_its_bytes(
         open_index(whole_url)
 
 
-def test_a_second_writer_is_refused_while_the_first_lives(
-    url: str, environment: dict[str, str], tmp_path: Path
-) -> None:
-    process = start_build(url, tmp_path / "log", environment=environment)
-    wait_for(lambda: open_folder(url).files("generations"))
-    os.kill(process.pid, signal.SIGSTOP)  # longer than it takes to build, shorter than the lease
-    begin = time.monotonic()
-    while time.monotonic() - begin < LEASE_S / 3:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGCONT)
-    if process.is_alive():
-        with pytest.raises(IndexLockedError, match=rf"is being written by process {process.pid} on \S+, since 20\d\d-"):
+def test_a_second_writer_is_refused_while_the_first_lives(url: str, environment: dict[str, str]) -> None:
+    with lock.writer_lock(open_folder(url)):
+        with pytest.raises(IndexLockedError, match=rf"is being written by process {os.getpid()} on \S+, since 20\d\d-"):
             build_on(url)
-    process.join()
-    assert process.exitcode == 0
+        assert open_folder(url).files() == ["writer.lock"]
+    assert build_on(url).num_examples == COUNT
 
 
 def wait_for(condition: Any) -> None:

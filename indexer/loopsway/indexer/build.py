@@ -76,7 +76,7 @@ def build_index(
     folder = open_folder(path)
     import_faiss()  # fail before the work, not after it
     is_finished = is_published(folder)
-    with clear_storage_errors(folder), nullcontext(_nothing) if is_finished else writer_lock(folder) as confirm:
+    with clear_storage_errors(folder), nullcontext(lambda: None) if is_finished else writer_lock(folder) as confirm:
         builder = PartBuilder(
             task,
             config,
@@ -144,7 +144,7 @@ def add_examples(
         IndexLockedError, NonFiniteExampleError, StoppedError, StorageError, ValueError: as `build_index`.
     """
     folder = open_folder(path)
-    config = open_index(path).config
+    config = Manifest.read(folder).plan.config
     with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         rows = _new_rows(task, index, skip_existing=skip_existing)
@@ -170,10 +170,6 @@ def add_examples(
         deleted, files = index.manifest.deleted, index.manifest.files
         publish(folder, [*index.manifest.parts, part], confirm, deleted=deleted, files=files)
     return open_index(path)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _refuse_other_plan(folder: Folder, existing: Plan, plan: Plan, *, ignoring: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def delete_examples(path: str | Path, *, ids: Sequence[str] | None = None, where
     folder = open_folder(path)
     if (ids is None) == (where is None):
         raise ValueError("give either ids or where: which examples are to be deleted")
-    open_index(path)
+    Manifest.read(folder)  # where there is no index, nothing is made
     with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         rows = (
@@ -84,7 +84,7 @@ def compact_index(path: str | Path, *, progress: bool = True) -> Index:
         The index, open. One that has nothing to compact is opened as it is.
     """
     folder = open_folder(path)
-    open_index(path)
+    Manifest.read(folder)  # where there is no index, nothing is made
     with clear_storage_errors(folder), writer_lock(folder) as confirm:
         index = open_index(path)
         skipped = [index.row_of(each) for each in index.skipped]

@@ -26,6 +26,7 @@ from .files import json_bytes
 from .folders import Folder, clear_storage_errors
 from .index import EXAMPLES, Index, open_index
 from .progress import BuildProgress
+from .publication import write_table
 from .stopping import stop_on_signals
 
 ExportFormat = Literal["parquet", "safetensors"]
@@ -66,7 +67,7 @@ def export_index(
     with clear_storage_errors(folder):
         _begin(folder, description)
         examples = index.examples.take(pa.array(rows))
-        folder.write_file(EXAMPLES, lambda file: pyarrow.parquet.write_table(examples, file))
+        write_table(folder, EXAMPLES, examples)
         sizes = folder.sizes(names)
         missing = [(name, shard) for name, shard in zip(names, shards, strict=True) if sizes[name] is None]
         with BuildProgress(shown=progress) as bars, stop_on_signals(bars.announce_stop) as stop:

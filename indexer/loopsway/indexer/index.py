@@ -24,7 +24,7 @@ from .coding import rotate_back, variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
 from .folders import IndexDamagedError, LocalFolder
 from .joined import JoinedSlot
-from .manifest import Manifest, Part, checkpoint_digests
+from .manifest import Manifest, checkpoint_digests
 from .queries import checked_sketches, chosen_steps, query_vectors
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
 from .search import inner_products, open_slots
@@ -187,7 +187,7 @@ class Index:
     def _skipped_rows(self) -> dict[int, str]:
         found: dict[int, str] = {}
         for part, start in zip(self.manifest.parts, self._starts, strict=True):
-            table = self._table(part, SKIPPED)
+            table = self._table(f"{part.folder}/{SKIPPED}")
             rows = (start + row for row in table["row"].to_pylist())
             found |= dict(zip(rows, table["reason"].to_pylist(), strict=True))
         return found
@@ -204,10 +204,7 @@ class Index:
     def _read_deleted(self) -> np.ndarray:
         is_deleted = np.zeros(self.num_rows, bool)
         if self.manifest.deleted is not None:
-            digest = self.manifest.files[self.manifest.deleted]["digest"]
-            with self.folder.local(self.manifest.deleted, lambda: digest) as file:
-                table = pyarrow.parquet.read_table(file, columns=["row"])
-            is_deleted[table["row"].to_numpy()] = True
+            is_deleted[self._table(self.manifest.deleted, ["row"])["row"].to_numpy()] = True
         return is_deleted
 
     def stored_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -424,11 +421,12 @@ class Index:
     @cached_property
     def examples(self) -> Any:
         """Ids, descriptions and metadata of all rows, a pyarrow table."""
-        return pa.concat_tables(self._table(part, EXAMPLES) for part in self.manifest.parts).combine_chunks()
+        names = [f"{part.folder}/{EXAMPLES}" for part in self.manifest.parts]
+        return pa.concat_tables(map(self._table, names)).combine_chunks()
 
-    def _table(self, part: Part, name: str) -> Any:
-        with self.folder.local(f"{part.folder}/{name}", lambda: part.own_files[name]["digest"]) as file:
-            return pyarrow.parquet.read_table(file)
+    def _table(self, name: str, columns: list[str] | None = None) -> Any:
+        with self.folder.local(name, lambda: self.manifest.all_files[name]["digest"]) as file:
+            return pyarrow.parquet.read_table(file, columns=columns)
 
     @property
     def _ids(self) -> Any:

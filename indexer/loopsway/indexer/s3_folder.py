@@ -107,9 +107,8 @@ class S3Folder(Folder):
 
     def digest(self, name: str) -> str:
         digest = new_digest()
-        with self.clear_errors():
-            for part in self._store.get(self._key(name)).stream():
-                digest.update(part)
+        for piece in self._pieces(name):
+            digest.update(piece)
         return digest.hexdigest()
 
     @contextmanager
@@ -123,9 +122,8 @@ class S3Folder(Folder):
             return size
 
         def fetch(file: Path) -> None:
-            with self.clear_errors(), file.open("wb") as out:
-                for part in self._store.get(self._key(name)).stream():
-                    out.write(part)
+            with file.open("wb") as out:
+                out.writelines(self._pieces(name))
 
         with self._cache.holding(digest(), size_bytes, fetch, digest_of, self.at(name)) as file:
             yield file
@@ -164,6 +162,11 @@ class S3Folder(Folder):
         with self.clear_errors():
             answer = self._store.get(self._key(name))
             return bytes(answer.bytes()), str(answer.meta["e_tag"])
+
+    def _pieces(self, name: str) -> Iterator[Any]:
+        """A file's content, a few MiB at a time."""
+        with self.clear_errors():
+            yield from self._store.get(self._key(name)).stream()
 
     def _put_if(self, name: str, content: bytes, condition: Any) -> str:
         with self.clear_errors():

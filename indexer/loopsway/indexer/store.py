@@ -210,9 +210,9 @@ class Generation:
         try:
             with self.folder.clear_errors():
                 self._array("losses")
+        except StorageError:
+            raise
         except (OSError, KeyError, ValueError) as error:
-            if isinstance(error, StorageError):
-                raise
             yield f"{ARRAYS}/zarr.json", f"can't be read: {error}"
             return
         sizes = self.folder.sizes(f"{ARRAYS}/{chunk}" for chunk, _, _ in self._parts(block))
@@ -223,12 +223,9 @@ class Generation:
                 yield file, "is missing"
                 continue
             try:
-                with self.folder.clear_errors():
-                    values = np.asarray(self._array(name)[at])
-            except (OSError, KeyError, ValueError, RuntimeError) as error:
-                if isinstance(error, StorageError):
-                    raise
-                yield file, f"can't be read: {error}"
+                values = self._read(name, at)
+            except IndexDamagedError as error:
+                yield file, f"can't be read: {error.__cause__}"
                 continue
             if _digest(values) != entry.digests[chunk]:
                 yield file, "does not match its digest"
@@ -241,13 +238,7 @@ class Generation:
         """
         rows, read = self.plan.rows_of(block), {}
         for name in SMALL_ARRAYS:
-            try:
-                with self.folder.clear_errors():
-                    read[name] = np.asarray(self._array(name)[..., rows.start : rows.stop])
-            except (OSError, KeyError, ValueError, RuntimeError) as error:
-                if isinstance(error, StorageError):
-                    raise
-                raise IndexDamagedError(f"array {name} of {self.folder} can't be read: {error}") from error
+            read[name] = self._read(name, (..., slice(rows.start, rows.stop)))
             if np.isnan(read[name]).any():
                 raise IndexDamagedError(f"array {name} of {self.folder} has rows that were never written")
         return read
@@ -309,6 +300,20 @@ class Generation:
             self._arrays[name] = self._group[name]
         return self._arrays[name]
 
+    def _read(self, name: str, at: Any) -> np.ndarray:
+        """A part of an array.
+
+        Raises:
+            IndexDamagedError: its description or a chunk can't be read; the cause says why.
+        """
+        try:
+            with self.folder.clear_errors():
+                return np.asarray(self._array(name)[at])
+        except StorageError:
+            raise
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise IndexDamagedError(f"array {name} of {self.folder} can't be read: {error}") from error
+
     def _map(self, step: int | None, block: int) -> np.ndarray:
         """The codes of a block in place; where the store is elsewhere, those of the copy that a cache has just now."""
         key = (step, block)
@@ -319,9 +324,9 @@ class Generation:
         try:
             with self.folder.local(f"{ARRAYS}/{chunk}", digest, partial(self._codes_digest, block)) as file:
                 mapped = np.memmap(file, dtype=self._dtype, mode="r", shape=shape)
+        except (StorageError, IndexDamagedError):
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, StorageError | IndexDamagedError):
-                raise
             raise self._damaged(chunk, "is missing or cut short") from error
         if self.folder.is_local:
             self._maps[key] = mapped

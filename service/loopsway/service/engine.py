@@ -112,7 +112,7 @@ class Engine:
         return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
 
     async def warm_up(self) -> None:
-        """Reads files and answers one query of each kind, so that no request pays for what happens but once."""
+        """Searches once and answers one query, so that no request pays for what happens but once."""
         await self._in_thread(self.index.warm_up)
         if self._model is not None:
             query = await self._model.warm_up()
@@ -120,8 +120,6 @@ class Engine:
             noise = np.random.default_rng(0).standard_normal((self.index.num_steps, self.index.width))
             query = ResolvedQuery(sketch=noise.astype(np.float32))
         example_ids = [self.index.example(0).id]
-        await self._in_thread(lambda: self._search([query], 1, "query_step", None))
-        await self._in_thread(lambda: self._search([query], 1, "train_step", None))
         await self._in_thread(lambda: self._trajectories([query], example_ids, "query_step"))
 
     def close(self) -> None:
