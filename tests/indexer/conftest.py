@@ -24,6 +24,16 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files if file.is_file()}
 
 
+def assert_same(got: dict[str, bytes], want: dict[str, bytes]) -> None:
+    """Says which files differ, and by how much: whole contents fill pages."""
+    differing = {
+        name: (len(mine), len(others), sum(a != b for a, b in zip(mine, others, strict=False)))
+        for name in sorted(got.keys() & want.keys())
+        if (mine := got[name]) != (others := want[name])
+    }
+    assert (differing, sorted(got.keys() ^ want.keys())) == ({}, []), "sizes and differing bytes; files of one alone"
+
+
 @pytest.fixture(scope="session")
 def whole_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("build") / "whole.index"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from looped import LoopedTask
 from loopsway.indexer import Checkpoint, IndexExistsError, SketchConfig, open_index
 
-from .conftest import build, contents
+from .conftest import assert_same, build, contents
 
 COUNT = 50
 
@@ -115,7 +115,7 @@ def test_a_cut_build_is_not_gone_on_with_after_a_change(make_task: Any, tmp_path
     before, (changed, text) = contents(path), CHANGES[change]
     with pytest.raises(IndexExistsError, match=text):
         build(path, changed(make_task, tmp_path))
-    assert contents(path) == before
+    assert_same(contents(path), before)
 
 
 def test_without_a_change_it_goes_on(make_task: Any, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_without_a_change_it_goes_on(make_task: Any, tmp_path: Path) -> None:
     begin(path, make_task())
     build(path, make_task())
     build(tmp_path / "uncut.index", make_task())
-    assert contents(path) == contents(tmp_path / "uncut.index")
+    assert_same(contents(path), contents(tmp_path / "uncut.index"))
 
 
 def test_a_finished_index_is_opened_whatever_became_of_the_code(make_task: Any, tmp_path: Path) -> None:

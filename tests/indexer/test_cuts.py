@@ -12,7 +12,7 @@ import pytest
 from cutting import KILLED, POINTS, computed, finished_build, killed_build, start_build
 from loopsway.indexer import IndexLockedError, IndexNotFoundError, open_index, verify_index
 
-from .conftest import build, contents
+from .conftest import assert_same, build, contents
 
 NUM_KILLS, KILLS_OF_AN_INDEX = 30, 5
 
@@ -22,7 +22,7 @@ def entries(path: Path) -> set[int]:
 
 
 def assert_whole(path: Path, whole: Path) -> None:
-    assert contents(path) == contents(whole)
+    assert_same(contents(path), contents(whole))
     assert not list(path.rglob("*.partial"))
     assert verify_index(path, progress=False) == []
     queries = np.random.default_rng(0).standard_normal((3, 4, 256)).astype(np.float32)

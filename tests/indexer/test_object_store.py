@@ -44,7 +44,7 @@ from loopsway.indexer import (
 from loopsway.indexer.addresses import open_folder
 from loopsway.indexer.s3_folder import S3Folder
 
-from .conftest import build, contents
+from .conftest import assert_same, build, contents
 from .test_growth import part_of, queries
 from .test_verification import KINDS
 
@@ -112,7 +112,7 @@ def cached(environment: dict[str, str]) -> dict[str, int]:
 def test_an_index_has_the_bytes_and_the_answers_of_a_local_one(
     whole_url: str, environment: dict[str, str], whole_index: Path
 ) -> None:
-    assert stored(whole_url) == contents(whole_index)
+    assert_same(stored(whole_url), contents(whole_index))
     assert verify_index(whole_url, progress=False) == []
     index, local = open_index(whole_url), open_index(whole_index)
     assert answers(index) == answers(local)
@@ -162,7 +162,7 @@ def test_a_build_killed_at_any_point_finishes_to_the_same_bytes(
     assert len(finished) == {"in a block": 1, "after chunks": 1, "after an entry": 2}.get(point, 4)
     assert finished_build(url, tmp_path / "second.log", environment=environment) == 0
     assert set(computed(tmp_path / "second.log")) == set(range(4)) - finished
-    assert stored(url) == contents(whole_index)
+    assert_same(stored(url), contents(whole_index))
     assert verify_index(url, progress=False) == []
     assert answers(open_index(url)) == answers(open_index(whole_index))
 
@@ -184,7 +184,7 @@ def test_a_build_killed_at_random_moments_finishes_to_the_same_bytes(
             num_kills += killed_build(place, log, random_moments.uniform(0, duration), environment)
             assert not finished & set(computed(log)), "a finished block was computed again"
         assert finished_build(place, tmp_path / f"{number}.log", environment=environment) == 0
-        assert stored(place) == contents(whole_index)
+        assert_same(stored(place), contents(whole_index))
         assert verify_index(place, progress=False) == []
     assert num_kills >= NUM_KILLS
 
@@ -299,7 +299,7 @@ def test_a_writer_that_was_held_up_does_not_publish_over_another(
     process.join()
     assert process.exitcode == 1
     assert open_folder(url).read("manifest.json") == published
-    assert stored(url) == contents(whole_index)
+    assert_same(stored(url), contents(whole_index))
     assert verify_index(url, progress=False) == []
 
 

@@ -25,7 +25,7 @@ from loopsway.indexer import (
 )
 from loopsway.indexer.examples import SubsetTask
 
-from .conftest import contents
+from .conftest import assert_same, contents
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed; pip install 'loopsway[ray]'")
 
@@ -63,7 +63,7 @@ def build(path: Path, **arguments: Any) -> Index:
 def test_the_index_is_that_of_one_process(whole_index: Path, tmp_path: Path) -> None:
     path = tmp_path / "ray.index"
     build(path)
-    assert contents(path) == contents(whole_index)
+    assert_same(contents(path), contents(whole_index))
     assert verify_index(path, progress=False) == []
 
 
@@ -72,7 +72,7 @@ def test_an_actor_that_is_killed_in_a_block_is_replaced(whole_index: Path, tmp_p
     path, marker = tmp_path / "ray.index", tmp_path / "marker"
     build(path, marker=str(marker))
     assert marker.exists()
-    assert contents(path) == contents(whole_index)
+    assert_same(contents(path), contents(whole_index))
 
 
 @pytest.mark.usefixtures("_cluster")
@@ -87,7 +87,7 @@ def test_actors_add_what_is_new_of_a_file_that_has_grown(tmp_path: Path) -> None
         named: dict[str, Any] = {"task_spec": SPEC, "task_arguments": arguments}
         add_examples(task, path, skip_existing=True, **named, **engine, **options)
         grown.append(contents(path))
-    assert grown[0] == grown[1]
+    assert_same(*grown)
     assert len([name for name in grown[0] if name.endswith("examples.parquet")]) == 2
 
 
@@ -133,7 +133,7 @@ def test_a_driver_that_is_killed_can_be_run_again(whole_index: Path, tmp_path: P
     finished = {file: file.stat().st_mtime_ns for file in path.glob("generations/*/blocks/*.json")}
     assert 0 < len(finished) < 4
     subprocess.run([*command, "0"], cwd=Path(__file__).parents[1], check=True, timeout=120)
-    assert contents(path) == contents(whole_index)
+    assert_same(contents(path), contents(whole_index))
     assert all(file.stat().st_mtime_ns == modified for file, modified in finished.items())
     assert open_index(path).num_examples == 50
 

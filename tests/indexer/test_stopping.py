@@ -14,7 +14,7 @@ from looped import LoopedTask
 from loopsway.indexer import StoppedError
 from loopsway.indexer.search import Slot
 
-from .conftest import COUNT, build, contents
+from .conftest import COUNT, assert_same, build, contents
 
 
 class Signalled(LoopedTask):
@@ -48,7 +48,7 @@ def test_a_signal_ends_the_build_after_its_block(whole_index: Path, tmp_path: Pa
     assert signal.getsignal(number) == handler
     assert len(list(path.glob("generations/*/blocks/*.json"))) == 2
     build(path, signalled(path))
-    assert contents(path) == contents(whole_index)
+    assert_same(contents(path), contents(whole_index))
 
 
 def test_a_second_signal_ends_it_at_once(whole_index: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_second_signal_ends_it_at_once(whole_index: Path, tmp_path: Path) -> N
         build(path, signalled(path, signal.SIGINT, signal.SIGINT))
     assert len(list(path.glob("generations/*/blocks/*.json"))) == 1
     build(path, signalled(path))
-    assert contents(path) == contents(whole_index)
+    assert_same(contents(path), contents(whole_index))
 
 
 def test_a_signal_ends_the_indexing_too(whole_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_signal_ends_the_indexing_too(whole_index: Path, tmp_path: Path, monke
         with pytest.raises(StoppedError, match="all examples are stored in"):
             build(path)
     build(path)
-    assert contents(path) == contents(whole_index)
+    assert_same(contents(path), contents(whole_index))
 
 
 def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
