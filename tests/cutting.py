@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from multiprocessing import forkserver
@@ -22,6 +23,8 @@ CONFIG = SketchConfig(width=256, bits=1)
 LEASE_S = 0.9  # of the lock on an object store
 KILLED = -signal.SIGKILL  # the exit code
 POINTS = ("in a block", "after chunks", "after an entry", "while indexing", "before publishing", "after publishing")
+CHANGES = frozenset(("open", "os.mkdir", "os.rename", "os.remove", "os.link"))  # of files, as Python audits them
+Point = str | int | None  # one of POINTS; or before which change in the index's folder, from 1
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["cutting"])
@@ -32,7 +35,7 @@ def computed(log: Path) -> list[int]:
     return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
-def start_build(path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}) -> Any:
+def start_build(path: Path | str, log: Path, point: Point = None, environment: Mapping[str, str] = {}) -> Any:
     """Starts a build; `log` gets the number of each block that is computed."""
     _start_server()
     process = _CONTEXT.Process(target=_build, args=(path, log, point, dict(environment)))
@@ -53,7 +56,7 @@ def _start_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def finished_build(path: Path | str, log: Path, point: str | None = None, environment: Mapping[str, str] = {}) -> int:
+def finished_build(path: Path | str, log: Path, point: Point = None, environment: Mapping[str, str] = {}) -> int:
     """The exit code of a build that ends by itself; -9 when it killed itself at its point."""
     process = start_build(path, log, point, environment)
     process.join(timeout=120)
@@ -70,11 +73,14 @@ def killed_build(path: Path | str, log: Path, after_s: float, environment: Mappi
     return process.exitcode == KILLED
 
 
-def _build(path: Path | str, log: Path, point: str | None, environment: dict[str, str]) -> None:
+def _build(path: Path | str, log: Path, point: Point, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     lock.LEASE_S = LEASE_S
     _note_blocks(log)
-    _kill_at(point)
+    if isinstance(point, int):
+        _kill_at_change(Path(path), point)
+    else:
+        _kill_at(point)
     build_index(LoopedTask(count=COUNT), path, CONFIG, block_rows=BLOCK_ROWS, batch_size=BATCH_SIZE, progress=False)
 
 
@@ -87,6 +93,19 @@ def _note_blocks(log: Path) -> None:
         return coded(self, plan, block, on_batch)
 
     blocks.BlockSketcher.coded = noted
+
+
+def _kill_at_change(path: Path, number: int) -> None:
+    count = 0
+
+    def noted(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in CHANGES and Path(str(args[0])).is_relative_to(path):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(noted)
 
 
 def _kill_at(point: str | None) -> None:

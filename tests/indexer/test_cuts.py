@@ -46,6 +46,15 @@ def test_a_build_killed_at_any_point_finishes_to_the_same_bytes(whole_index: Pat
     assert_whole(path, whole_index)
 
 
+@pytest.mark.parametrize("change", range(1, 21))
+def test_a_build_killed_as_it_begins_finishes_to_the_same_bytes(whole_index: Path, tmp_path: Path, change: int) -> None:
+    """Before each of its first changes to its folder, which random moments seldom fall between."""
+    path = tmp_path / "killed.index"
+    assert finished_build(path, tmp_path / "first.log", change) == KILLED
+    assert finished_build(path, tmp_path / "second.log") == 0
+    assert_whole(path, whole_index)
+
+
 @pytest.mark.timeout(600)
 def test_a_build_killed_at_random_moments_finishes_to_the_same_bytes(whole_index: Path, tmp_path: Path) -> None:
     begin = time.monotonic()

@@ -78,7 +78,7 @@ class Folder(ABC):
 
     @abstractmethod
     def folders(self, below: str) -> list[str]:
-        """Names of the folders that lie in a folder, sorted."""
+        """Names of the folders that lie in a folder and have files, at whatever depth; sorted."""
 
     @abstractmethod
     def remove(self, names: Iterable[str]) -> None:
@@ -178,7 +178,8 @@ class LocalFolder(Folder):
         return sorted(file.relative_to(self.path).as_posix() for file in found)
 
     def folders(self, below: str) -> list[str]:
-        return sorted(folder.name for folder in (self.path / below).glob("*") if folder.is_dir())
+        folders = (folder for folder in (self.path / below).glob("*") if folder.is_dir())
+        return sorted(folder.name for folder in folders if any(file.is_file() for file in folder.rglob("*")))
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
