@@ -22,6 +22,7 @@ import torch
 from .addresses import open_folder
 from .coding import rotate_back, variance_factor
 from .config import Checkpoint, Loop, Resolve, SketchConfig
+from .filters import matching_rows
 from .folders import IndexDamagedError, LocalFolder
 from .joined import JoinedSlot
 from .manifest import Manifest, checkpoint_digests
@@ -79,7 +80,7 @@ class Index:
         ]
         for part, slots in zip(self.manifest.parts, parts, strict=True):
             for slot in slots.values():
-                slot.load(part.own_files)
+                slot.use(part.own_files)
         self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
 
     @property
@@ -275,7 +276,7 @@ class Index:
         return row
 
     def warm_up(self) -> None:
-        """Reads what searches read, so that the first is as fast as later ones; from an object store, fetches it."""
+        """Reads what exact searches read, or fetches it, so that the first is as fast as later ones."""
         for stored in self._stored:
             stored.read_ahead()
         noise = np.random.default_rng(0).standard_normal((self.num_steps, self.width)).astype(np.float32)
@@ -283,7 +284,14 @@ class Index:
             self.search(noise, resolve=resolve)
 
     def search(
-        self, query_sketches: Any, k: int = 10, resolve: Resolve = "query_step", steps: Sequence[int] | None = None
+        self,
+        query_sketches: Any,
+        k: int = 10,
+        resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
+        *,
+        where: str | None = None,
+        exact: bool = True,
     ) -> Any:
         """The strongest proponents and opponents of each query, in total and at each step.
 
@@ -293,11 +301,15 @@ class Index:
             resolve: "query_step" (one answer for each step of the query), "train_step" (each step of the training
                 examples) or "same_step".
             steps: only these; None: all.
+            where: a filter over the examples (filters.py), which the search is done within; None: all.
+            exact: whether every stored code is read, which finds the exact top k; False takes the candidates of the
+                FAISS indices, with the recall that `recall` gives.
 
         Returns:
             A Ranking, or a list of Q of them.
 
         Raises:
+            FilterError: the filter can't be read, or does not fit the columns.
             ValueError: the sketches' shape or values, k, resolve or steps; the text says which.
         """
         sketches, single = checked_sketches(query_sketches, self.width)
@@ -306,7 +318,9 @@ class Index:
         wanted = pairs(resolve, self.num_steps, sketches.shape[1])
         chosen = chosen_steps(steps, len(wanted))
         vectors = query_vectors(sketches, self.config.seed)
-        found = self._search_pairs({Pair(None, TOTAL), *(wanted[step] for step in chosen)}, vectors, k)
+        kept = None if where is None else matching_rows(self.examples, where)
+        asked = {Pair(None, TOTAL), *(wanted[step] for step in chosen)}
+        found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact)
         rankings = [
             Ranking(
                 total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
@@ -372,14 +386,14 @@ class Index:
         return influences, errors
 
     def _search_pairs(
-        self, wanted: set[Pair], vectors: np.ndarray, k: int
+        self, wanted: set[Pair], vectors: np.ndarray, k: int, *, kept: np.ndarray | None, exact: bool
     ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
         """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
         found = {}
         for slot in {pair.slot for pair in wanted}:
             mine = sorted(pair for pair in wanted if pair.slot == slot)
             queries = np.concatenate([vectors[:, pair.query] for pair in mine])  # [pairs * Q, W]
-            ranked = self._slots[slot].search(queries, k)
+            ranked = self._slots[slot].search(queries, k, kept=kept, exact=exact)
             norms = np.linalg.norm(queries, axis=1)
             answers = [
                 (rows, scores, self._errors(scores, self._slots[slot].norms_of(rows), norm))

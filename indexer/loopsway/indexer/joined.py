@@ -47,9 +47,12 @@ class JoinedSlot:
             out[parts == part] = own
         return out
 
-    def search(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def search(
+        self, queries: np.ndarray, k: int, *, kept: np.ndarray | None = None, exact: bool = True
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """As `Slot.search`, over all parts."""
-        found = [slot.search(queries, k) for slot in self._slots]
+        own = [None] * len(self._slots) if kept is None else np.split(kept, self._starts[1:-1])
+        found = [slot.search(queries, k, kept=part, exact=exact) for slot, part in zip(self._slots, own, strict=True)]
         if len(found) == 1:
             return found[0]
         return [self._merged([answers[query] for answers in found]) for query in range(len(queries))]

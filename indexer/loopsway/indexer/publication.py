@@ -56,7 +56,7 @@ def finished_part(
     recalls: dict[str, float] = {}
     for step, slot in slots.items():
         built = slot.build()
-        slot.load(built)
+        slot.use(built)
         files |= built
         recalls["total" if step is None else str(step)] = _recall(slot)
         slot.unload()
@@ -140,12 +140,12 @@ def _skipped_table(examples: pa.Table, skipped: Sequence[Skipped]) -> pa.Table:
 
 
 def _recall(slot: Slot) -> float:
-    """The share of the k best rows, of both signs, that the search finds; equal scores count as found."""
+    """The share of the k best rows, of both signs, that FAISS finds; equal scores count as found."""
     k = min(RECALL_K, len(slot.factors))
     queries = _queries(slot)
     queries = np.concatenate([queries, -queries])
     worst_best = slot.exact_search(queries, k)[:, -1]  # the k-th best score of each query
-    found = [scores[:k] for _, scores in slot.search(queries, k)]
+    found = [scores[:k] for _, scores in slot.search(queries, k, exact=False)]
     slack = 1e-5 * np.linalg.norm(queries, axis=1) * slot.norms.max(initial=0)
     hits = [(scores >= limit - eps).sum() for scores, limit, eps in zip(found, worst_best, slack, strict=True)]
     return float(np.sum(hits) / (k * len(queries)))

@@ -1,32 +1,38 @@
-"""Top-k search over the stored rows of one slot: FAISS finds candidates, the store's codes decide.
+"""Top-k search over the stored rows of one slot: a scan finds candidates, the codes themselves decide.
 
 N rows, M queries, W width, k results of each sign.
 
-The FAISS indices of a slot hold the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit
-codes (whose scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Their
-candidates are scored again with the codes themselves and the float32 query. A slot has a FAISS index, and a file, for
-each *shard* of its rows, so that building one takes bounded memory.
+By default every code is read (scan.py). The FAISS indices of a slot, for other tools and for approximate search, hold
+the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes (whose scores then equal a
+reading of the codes), a scalar quantizer or flat vectors for the others. Whatever finds candidates, they are scored
+again with the codes and the float32 query. A slot has a FAISS index, and a file, for each *shard* of its rows, so that
+building one takes bounded memory.
 
 This is the only file that imports faiss.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .coding import decode
+from .coding import decode, variance_factor
 from .folders import FileFacts, IndexDamagedError
 from .row_table import open_row_table
+from .scan import Candidates, Rows, code_queries, scan
 from .store import Generation
 
 FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
-EXTRA_CANDIDATES = 32
+EXTRA_CANDIDATES = 32  # of FAISS's
+SCAN_EXTRA, WIDENING = 8, 8  # candidates of a scan beyond k; more, times this, while one left out could be better
+SCAN_QUERIES = 64  # in one pass over the codes
 DECODED_BYTES = 32 << 20  # of candidates that one search decodes at once
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
@@ -54,11 +60,13 @@ class Slot:
         self.step, self.factors, self.norms = step, factors, norms
         self._generation, self._bits = generation, generation.plan.config.bits
         self._shards = generation.plan.shards()
-        is_deleted = np.zeros(len(factors), bool)
-        if deleted is not None:
-            is_deleted[deleted] = True
-        self._deleted = [np.flatnonzero(is_deleted[shard.start : shard.stop]) for shard in self._shards]
+        self._kept: np.ndarray | None = None
+        if deleted is not None and len(deleted):
+            self._kept = np.ones(len(factors), bool)
+            self._kept[deleted] = False
+        self._files: Mapping[str, FileFacts] = {}
         self._faiss: list[Any] = []
+        self._loading = threading.Lock()
 
     def file_name(self, shard: int) -> str:
         """Of its FAISS index, within the generation's folder."""
@@ -91,17 +99,25 @@ class Slot:
             written[self.file_name(shard)] = self._generation.folder.write_file(self.file_name(shard), write)
         return written
 
-    def load(self, files: Mapping[str, FileFacts]) -> None:
-        """Opens the slot's FAISS indices, memory-mapped where FAISS can.
+    def use(self, files: Mapping[str, FileFacts]) -> None:
+        """Says what its FAISS files are, which are opened when they are needed.
 
         Args:
             files: facts of the generation's files, by name.
         """
-        self._faiss = [self._loaded(self.file_name(shard), files, len(rows)) for shard, rows in enumerate(self._shards)]
+        self._files, self._faiss = files, []
 
     def unload(self) -> None:
         """Frees the FAISS indices."""
         self._faiss = []
+
+    def _opened(self) -> list[Any]:
+        """The slot's FAISS indices, memory-mapped where FAISS can."""
+        with self._loading:
+            if not self._faiss:
+                shards = enumerate(self._shards)
+                self._faiss = [self._loaded(self.file_name(shard), self._files, len(rows)) for shard, rows in shards]
+            return self._faiss
 
     def _loaded(self, name: str, files: Mapping[str, FileFacts], num_rows: int) -> Any:
         faiss, folder = import_faiss(), self._generation.folder
@@ -116,49 +132,98 @@ class Slot:
             raise IndexDamagedError(f"FAISS index {folder.at(name)} has (rows, width) {found}, not {expected}")
         return index
 
-    def search(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def search(
+        self, queries: np.ndarray, k: int, *, kept: np.ndarray | None = None, exact: bool = True
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The k rows of largest and the k of smallest estimated inner product with each rotated query.
 
         Args:
             queries: float32 [M, W].
             k: at most this many of each; N if there are fewer.
+            kept: bool [N], rows that may be found beside the deleted ones, which never are; None: all.
+            exact: whether every code is read; or FAISS's candidates are taken.
 
         Returns:
-            For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row:
-            the first k and the last k are the answer.
+            For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row: the
+            first k and the last k are the answer, as far as they are proponents and opponents.
         """
-        count = max(2 * k, k + EXTRA_CANDIDATES)
-        together = max(
-            1, DECODED_BYTES // (2 * min(count * len(self._shards), len(self.factors)) * queries.shape[1] * 4)
+        if kept is not None and self._kept is not None:
+            kept = kept & self._kept
+        kept = self._kept if kept is None else kept
+        if kept is not None and not kept.any():
+            return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
+        search = self._scanned if exact else self._found_by_faiss
+        parts = (queries[start : start + SCAN_QUERIES] for start in range(0, len(queries), SCAN_QUERIES))
+        return [answer for part in parts for answer in search(part, k, kept)]
+
+    def _scanned(self, queries: np.ndarray, k: int, kept: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        rows, count = self._rows_to_scan(kept), k + SCAN_EXTRA
+        answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        while waiting := [query for query in range(len(queries)) if query not in answers]:
+            largest, smallest = scan(code_queries(queries[waiting], self._bits), rows, count)
+            for place, query in enumerate(waiting):
+                candidates = np.unique(np.concatenate([largest.rows[place], smallest.rows[place]]))
+                found = self._ranked(candidates, queries[query])
+                if _is_whole(found[1], largest, place, k) and _is_whole(-found[1][::-1], smallest, place, k):
+                    answers[query] = found
+            count *= WIDENING
+        return [answers[query] for query in range(len(queries))]
+
+    def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
+        plan = self._generation.plan
+        return Rows(
+            blocks=[plan.rows_of(block) for block in range(plan.num_blocks)],
+            codes=lambda block: self._generation.mapped_codes(self.step, block),
+            factors=self.factors,
+            longest=self._longest,
+            kept=kept,
         )
-        parts = [queries[start : start + together] for start in range(0, len(queries), together)]
-        return [answer for part in parts for answer in self._search_part(part, count)]
 
-    def _search_part(self, queries: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    @cached_property
+    def _longest(self) -> float:
+        """Length of the longest row of codes."""
+        if self._bits == 1:
+            return math.sqrt(self._generation.plan.width)
+        live = self.factors > 0
+        lengths = self.norms[live] / self.factors[live]  # but for what coding took from the row
+        return float(lengths.max(initial=0)) * math.sqrt(variance_factor(self._bits))
+
+    def _found_by_faiss(
+        self, queries: np.ndarray, k: int, kept: np.ndarray | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         both = np.ascontiguousarray(np.concatenate([queries, -queries]))
-        found = np.concatenate([self._candidates(shard, both, count) for shard in range(len(self._shards))], axis=1)
-        rows, places = np.unique(found, return_inverse=True)
-        scores = inner_products(queries, self.rows(rows))
-        places = places.reshape(2, len(queries), -1)
-        return [self._ranked(rows, scores[query], np.unique(places[:, query])) for query in range(len(queries))]
+        count = max(2 * k, k + EXTRA_CANDIDATES)
+        shards = range(len(self._shards))
+        found = np.concatenate([self._candidates(shard, both, count, kept) for shard in shards], axis=1)
+        pairs = zip(found[: len(queries)], found[len(queries) :], queries, strict=True)
+        return [self._ranked(np.unique(np.concatenate([mine, others])), query) for mine, others, query in pairs]
 
-    def _candidates(self, shard: int, queries: np.ndarray, count: int) -> np.ndarray:
+    def _candidates(self, shard: int, queries: np.ndarray, count: int, kept: np.ndarray | None) -> np.ndarray:
         """Rows of a shard that score highest, as FAISS sees it: int64 [M, n], with n = count or all that are there."""
-        rows, deleted = self._shards[shard], self._deleted[shard]
-        count = min(count, len(rows) - len(deleted))
+        rows = self._shards[shard]
+        chosen = None if kept is None else np.flatnonzero(kept[rows.start : rows.stop])
+        count = min(count, len(rows) if chosen is None else len(chosen))
         if not count:
             return np.empty((len(queries), 0), np.int64)
-        return self._faiss[shard].search(queries, count, params=self._parameters(deleted))[1] + rows.start
+        return self._opened()[shard].search(queries, count, params=self._parameters(chosen))[1] + rows.start
 
-    def _parameters(self, deleted: np.ndarray) -> Any:
-        """Of a FAISS search, which leaves deleted rows out as it goes; None if there are none."""
-        if not len(deleted):
+    def _parameters(self, chosen: np.ndarray | None) -> Any:
+        """Of a FAISS search, which passes over other rows as it goes; None if all are chosen."""
+        if chosen is None:
             return None
         faiss = import_faiss()
-        kept = faiss.IDSelectorNot(faiss.IDSelectorBatch(deleted))
+        selector = faiss.IDSelectorBatch(chosen)
         if self._bits == 1:
-            return faiss.RaBitQSearchParameters(sel=kept, qb=QUERY_BITS)
-        return faiss.SearchParameters(sel=kept)
+            return faiss.RaBitQSearchParameters(sel=selector, qb=QUERY_BITS)
+        return faiss.SearchParameters(sel=selector)
+
+    def _ranked(self, rows: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """These rows and their scores, the largest first; equal ones by row."""
+        together = max(1, DECODED_BYTES // (8 * len(query)))
+        parts = [rows[start : start + together] for start in range(0, len(rows), together)]
+        scores = np.concatenate([inner_products(query[None], self.rows(part))[0] for part in parts])
+        order = np.lexsort((rows, -scores))
+        return rows[order], scores[order]
 
     def exact_search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Scores of the k best rows of each query by reading every code: the oracle of `search`; [M, k]."""
@@ -167,10 +232,6 @@ class Slot:
             best = np.concatenate([best, queries @ rows.T], axis=1)
             best = -np.sort(-best, axis=1)[:, :k]
         return best
-
-    def _ranked(self, rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        order = own[np.lexsort((rows[own], -scores[own]))]
-        return rows[order], scores[order]
 
     def _scale(self) -> float:
         """What rows are multiplied by: FAISS takes a row of norm below 3e-4 for zero, and float16 ends at 65,504."""
@@ -193,6 +254,19 @@ def shard_rows(num_examples: int, bytes_of_a_row: int, block_rows: int) -> int:
     """Rows of a shard for a new part: whole blocks."""
     least = max(SHARD_BYTES // bytes_of_a_row, -(-num_examples // MOST_SHARDS))
     return -(-least // block_rows) * block_rows
+
+
+def _is_whole(scores: np.ndarray, candidates: Candidates, query: int, k: int) -> bool:
+    """Whether no row that a scan left out is among the k of largest positive score.
+
+    Args:
+        scores: of the candidates, the largest first.
+        candidates: what the scan gave.
+        query: its place among the scan's.
+        k: how many are wanted.
+    """
+    limit = candidates.limits[query]
+    return limit <= 0 or (len(scores) >= k and scores[k - 1] > limit)
 
 
 def inner_products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

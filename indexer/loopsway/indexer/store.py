@@ -265,10 +265,14 @@ class Generation:
             out[chosen] = self._map(step, int(block))[places[chosen]]
         return out
 
+    def mapped_codes(self, step: int | None, block: int) -> np.ndarray:
+        """All codes of one block, [n, L], in a memory map: of the store, or of the copy in this machine's cache."""
+        return self._map(step, block)[: len(self.plan.rows_of(block))]
+
     def block_codes(self, step: int | None, block: int) -> np.ndarray:
-        """All codes of one block, [n, L]: a memory map where the store is on this machine."""
+        """`mapped_codes` to be read once: from an object store without the cache."""
         if self.folder.is_local:
-            return self._map(step, block)[: len(self.plan.rows_of(block))]
+            return self.mapped_codes(step, block)
         chunk = _code_chunk(step, block)
         try:
             content = self.folder.read(f"{ARRAYS}/{chunk}")

@@ -1,0 +1,157 @@
+"""A scan's limits hold: no row that it leaves out scores more, whatever the bits, the queries and the filter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from looped import Labelled, LoopedTask
+from loopsway.indexer import SketchConfig, delete_examples, open_index, scan
+from loopsway.indexer.coding import decode, encode
+from loopsway.indexer.config import BITS
+from loopsway.indexer.filters import FilterError, matching_rows
+from loopsway.indexer.ranking import Ranking
+
+from .conftest import build
+
+COUNT, BLOCK = 700, 64
+
+
+def rows_of(bits: int, width: int, kept: np.ndarray | None = None) -> tuple[scan.Rows, np.ndarray]:
+    """Coded rows of many sizes, a zero one among them, and what they decode to."""
+    rng = np.random.default_rng(bits + width)
+    sketches = rng.standard_normal((COUNT, width)) * np.exp(rng.standard_normal((COUNT, 1)))
+    sketches[13] = 0
+    codes = encode(torch.from_numpy(sketches.astype(np.float32)), bits)
+    decoded = decode(codes.codes, codes.factors, bits)
+    live = codes.factors > 0
+    blocks = [range(start, min(start + BLOCK, COUNT)) for start in range(0, COUNT, BLOCK)]
+    longest = (np.linalg.norm(decoded[live], axis=1) / codes.factors[live]).max()
+    rows = scan.Rows(
+        blocks=blocks,
+        codes=lambda block: codes.codes[blocks[block].start : blocks[block].stop],
+        factors=codes.factors,
+        longest=float(longest),
+        kept=kept,
+    )
+    return rows, decoded.astype(np.float64)
+
+
+@pytest.mark.parametrize("waiting", [scan.WAITING, 100])
+@pytest.mark.parametrize("share", [None, 0.9, 0.1, 0.0])
+@pytest.mark.parametrize("width", [64, 1024])
+@pytest.mark.parametrize("bits", BITS)
+def test_no_row_that_is_left_out_scores_more_than_the_limit(
+    bits: int, width: int, share: float | None, waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "WAITING", waiting)
+    rng = np.random.default_rng(1)
+    kept = None if share is None else rng.random(COUNT) < share
+    rows, decoded = rows_of(bits, width, kept)
+    queries = rng.standard_normal((5, width)).astype(np.float32) * np.array([[1e-20], [1], [1e4], [1], [0]], np.float32)
+    queries[3, 0] = 50  # its peak
+    found = scan.scan(scan.code_queries(queries, bits), rows, 20)
+    scores = queries.astype(np.float64) @ decoded.T
+    for sign, candidates in zip((1, -1), found, strict=True):
+        may = np.arange(COUNT) if kept is None else np.flatnonzero(kept)
+        assert candidates.rows.shape == (5, min(20, len(may)))
+        for query, (own, limit) in enumerate(zip(candidates.rows, candidates.limits, strict=True)):
+            assert set(own) <= set(may)
+            assert len(set(own)) == len(own)
+            out = np.setdiff1d(may, own)
+            assert (sign * scores[query, out] <= limit).all()
+            if query in (1, 2):
+                best = may[np.argsort(-sign * scores[query, may])[:5]]
+                assert set(best) <= set(own), "twenty by their bounds hold the five best"
+
+
+def test_limits_are_no_wider_than_they_need_be() -> None:
+    """With sign bits of usual width a scan's first candidates suffice."""
+    rows, decoded = rows_of(1, 4096)
+    queries = np.random.default_rng(2).standard_normal((8, 4096)).astype(np.float32)
+    largest, _ = scan.scan(scan.code_queries(queries, 1), rows, 18)
+    tenth = -np.sort(-(queries @ decoded.T), axis=1)[:, 9]
+    assert (tenth > largest.limits).mean() > 0.7
+
+
+def ids(ranking: Ranking) -> list[tuple[str, ...]]:
+    return [side.example_ids for at in (ranking.total, *ranking.steps) for side in (at.proponents, at.opponents)]
+
+
+def answers(rankings: list[Ranking]) -> list[Any]:
+    return [
+        (side.example_ids, side.influences.tolist())
+        for ranking in rankings
+        for at in (ranking.total, *ranking.steps)
+        for side in (at.proponents, at.opponents)
+    ]
+
+
+def queries(count: int = 6) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((count, 4, 256)).astype(np.float32)
+
+
+def test_an_answer_is_the_same_on_any_threads_and_in_any_batch(whole_index: Path) -> None:
+    index, threads = open_index(whole_index), torch.get_num_threads()
+    together = answers(index.search(queries(), k=7))
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert answers(index.search(queries(), k=7)) == together
+    finally:
+        torch.set_num_threads(threads)
+    assert answers([index.search(query, k=7) for query in queries()]) == together
+
+
+def test_equal_scores_come_by_row(tmp_path: Path) -> None:
+    task = LoopedTask(count=50)
+    task._examples = [Labelled((1, 2, 3))] * 50
+    index = build(tmp_path / "equal.index", task)
+    for ranking in index.search(queries(), k=3):
+        sides = [side for side in ids(ranking) if side]
+        assert sides
+        assert all(side == ("train/0", "train/1", "train/2") for side in sides)
+
+
+def test_a_zero_query_has_no_influence(whole_index: Path) -> None:
+    ranking = open_index(whole_index).search(np.zeros((4, 256), np.float32), k=3)
+    assert not any(ids(ranking))
+
+
+def test_more_than_there_are_is_all_there_are(whole_index: Path) -> None:
+    total = open_index(whole_index).search(queries(1)[0], k=1000).total
+    assert len(total.proponents.rows) + len(total.opponents.rows) == 50
+    alone = open_index(whole_index).search(queries(1)[0], k=1000, where='id == "train/7"').total
+    assert total.proponents.example_ids[0] != total.opponents.example_ids[0]
+    assert alone.proponents.example_ids + alone.opponents.example_ids == ("train/7",)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("where", ["length < 4", 'label != 1 and id != "train/3"', "length > 100"])
+def test_a_filter_is_searched_within(copied: Path, where: str, exact: bool) -> None:
+    delete_examples(copied, ids=["train/0", "train/9"])
+    index = open_index(copied)
+    matching = np.setdiff1d(np.flatnonzero(matching_rows(index.examples, where)), [0, 9])
+    for query in queries():
+        influences = index.trajectories(query, [f"train/{row}" for row in matching]).sum(2)[0]
+        total = index.search(query, k=4, where=where, exact=exact).total
+        for side, sign in ((total.proponents, 1), (total.opponents, -1)):
+            order = np.lexsort((matching, -sign * influences))[:4]
+            best = [row for row in order if sign * influences[row] > 0]
+            np.testing.assert_allclose(side.influences, influences[best], rtol=1e-2, atol=1e-3)
+            assert set(side.rows) <= set(matching)
+
+
+def test_a_filter_that_can_not_be_read_says_where(whole_index: Path) -> None:
+    with pytest.raises(FilterError, match=r"character 1: no column 'size'; the columns are id, description, length"):
+        open_index(whole_index).search(queries(1)[0], where="size > 3")
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_faiss_finds_what_a_scan_finds(tmp_path: Path, bits: int) -> None:
+    index = build(tmp_path / "a.index", config=SketchConfig(width=256, bits=bits))
+    assert answers(index.search(queries(), k=5, exact=False)) == answers(index.search(queries(), k=5))
