@@ -78,6 +78,18 @@ def test_limits_are_no_wider_than_they_need_be() -> None:
     assert (tenth > largest.limits).mean() > 0.7
 
 
+def test_sign_products_are_those_of_float64() -> None:
+    rows, decoded = rows_of(1, 1024)
+    rng = np.random.default_rng(4)
+    for query in (rng.standard_normal(1024), np.zeros(1024), 1e-20 * rng.standard_normal(1024), np.eye(1024)[7]):
+        query = query.astype(np.float32)
+        for block, own in enumerate(rows.blocks):
+            products = scan.sign_products(rows.codes(block), query)
+            want = np.where(decoded[own.start : own.stop] < 0, -1, 1) @ query.astype(np.float64)
+            live = rows.factors[own.start : own.stop] > 0
+            np.testing.assert_allclose(products[live], want[live], atol=1e-6 * np.abs(query).sum() + 1e-300)
+
+
 def ids(ranking: Ranking) -> list[tuple[str, ...]]:
     return [side.example_ids for at in (ranking.total, *ranking.steps) for side in (at.proponents, at.opponents)]
 

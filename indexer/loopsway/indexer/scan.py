@@ -15,20 +15,24 @@ While a scan runs, queries are divided by their largest entry, their peak.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numkong
 import numpy as np
 import torch
 
-PLANES = 8  # of a query that meets sign bits
+PLANES, FINE_PLANES = 8, 24  # of a query that meets sign bits, in a scan and exactly
 DEVIATIONS = 6.0
 ROUNDING = 1e-5  # of |query| |row|: what float32 sums of W products lose
 WAITING = 1 << 20  # bounds of either sign, before the best of them are taken
 SPARSE = 0.25  # with a smaller share of kept rows, a block's are copied out before they are multiplied
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,12 +99,16 @@ def scan(queries: CodedQueries, rows: Rows, count: int) -> tuple[Candidates, Can
     Returns:
         Candidates of each sign; the second's limits are of the negated scores. As many threads read as torch has.
     """
-    workers = min(torch.get_num_threads(), len(rows.blocks))
-    shares = [share.tolist() for share in np.array_split(np.arange(len(rows.blocks)), workers)]
-    best = list(_threads(workers).map(lambda share: _scan_blocks(queries, rows, share, count + 1), shares))
+    shares = np.array_split(np.arange(len(rows.blocks)), min(torch.get_num_threads(), len(rows.blocks)))
+    best = in_threads(lambda share: _scan_blocks(queries, rows, share.tolist(), count + 1), shares)
     signs = (_joined([each[sign] for each in best], count + 1) for sign in range(2))
     largest, smallest = (_candidates(*bounds, queries.peaks, count) for bounds in signs)
     return largest, smallest
+
+
+def in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    """What a function that waits for no other thread gives of each item, in as many threads as torch has."""
+    return list(_threads(torch.get_num_threads()).map(function, items))
 
 
 @cache
@@ -169,13 +177,34 @@ def _candidates(values: np.ndarray, rows: np.ndarray, peaks: np.ndarray, count: 
     return Candidates(rows=rows[:, :found], limits=limits)
 
 
+def sign_products(codes: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """<query, codes> of sign bits [n, L], float64 [n]: the query in so many planes that float32 holds no more.
+
+    The sums are of whole numbers: equal codes have equal products, whatever is beside them, and zeros give zero.
+    """
+    peak, half = float(np.abs(query).max()) or 1.0, 1 << (FINE_PLANES - 1)
+    cells = np.rint(query.astype(np.float64) / peak * (half - 1)).astype(np.int64) + half
+    ones = np.ones_like(cells)  # levels are odd; with these taken off, they are 2 (cell - half)
+    packed = numkong.hammings_pack(np.concatenate([_planes(cells[None], FINE_PLANES), _planes(ones[None], 1)]))
+    differing = np.asarray(numkong.hammings_packed(codes, packed)).astype(np.float64)
+    weights = np.append(2.0 ** np.arange(FINE_PLANES), -1)
+    return (weights.sum() * len(query) - 2 * (differing @ weights)) * (peak / (2 * (half - 1)))
+
+
+def _planes(cells: np.ndarray, count: int) -> np.ndarray:
+    """Packed bits [M * count, W] of cells [M, W], the lowest first.
+
+    A cell stands for 2 cell - 2^count + 1 = sum_j 2^j s_j of signs s_j, and <s_j, c> of sign codes is
+    W - 2 popcount(s_j xor c).
+    """
+    bits = np.stack([(cells >> place) & 1 for place in range(count)], axis=1).astype(bool)
+    return np.packbits(bits, axis=2, bitorder="little").reshape(len(cells) * count, -1)
+
+
 def _as_planes(unit: np.ndarray, _: int) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """Odd levels from -255 to 255, sum_j 2^j s_j of signs s_j; <s_j, c> of sign codes is W - 2 popcount(s_j xor c)."""
     (count, width), top = unit.shape, (1 << PLANES) - 1
-    cells = np.clip(np.floor(unit * (top / 2)) + (top + 1) // 2, 0, top).astype(np.uint8)
-    planes = np.stack([(cells >> place) & 1 for place in range(PLANES)], axis=1)  # [M, planes, W]
-    packed = numkong.hammings_pack(np.packbits(planes, axis=2, bitorder="little").reshape(count * PLANES, -1))
-    weights = (1 << np.arange(PLANES)).astype(np.float32)
+    cells = np.clip(np.floor(unit * (top / 2)) + (top + 1) // 2, 0, top).astype(np.int32)
+    packed, weights = numkong.hammings_pack(_planes(cells, PLANES)), 2 ** np.arange(PLANES, dtype=np.float32)
 
     def products(codes: np.ndarray) -> np.ndarray:
         differing = np.asarray(numkong.hammings_packed(codes, packed)).astype(np.float32)  # sums are exact

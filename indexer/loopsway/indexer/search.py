@@ -25,15 +25,15 @@ import numpy as np
 from .coding import decode, variance_factor
 from .folders import FileFacts, IndexDamagedError
 from .row_table import open_row_table
-from .scan import Candidates, Rows, code_queries, scan
+from .scan import Candidates, Rows, code_queries, in_threads, scan, sign_products
 from .store import Generation
 
 FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32  # of FAISS's
-SCAN_EXTRA, WIDENING = 8, 8  # candidates of a scan beyond k; more, times this, while one left out could be better
+SCAN_EXTRA, WIDENING = 16, 8  # candidates of a scan beyond k; more, times this, while one left out could be better
 SCAN_QUERIES = 64  # in one pass over the codes
-DECODED_BYTES = 32 << 20  # of candidates that one search decodes at once
+DECODED_BYTES = 1 << 20  # of candidates that are decoded at once: they stay in the cache, and in the same memory
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
@@ -161,11 +161,11 @@ class Slot:
         answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         while waiting := [query for query in range(len(queries)) if query not in answers]:
             largest, smallest = scan(code_queries(queries[waiting], self._bits), rows, count)
-            for place, query in enumerate(waiting):
-                candidates = np.unique(np.concatenate([largest.rows[place], smallest.rows[place]]))
-                found = self._ranked(candidates, queries[query])
-                if _is_whole(found[1], largest, place, k) and _is_whole(-found[1][::-1], smallest, place, k):
-                    answers[query] = found
+            candidates = [np.union1d(*both) for both in zip(largest.rows, smallest.rows, strict=True)]
+            found = in_threads(self._ranked, zip(candidates, queries[waiting], strict=True))
+            for place, (own, scores) in enumerate(found):
+                if _is_whole(scores, largest, place, k) and _is_whole(-scores[::-1], smallest, place, k):
+                    answers[waiting[place]] = own, scores
             count *= WIDENING
         return [answers[query] for query in range(len(queries))]
 
@@ -196,7 +196,7 @@ class Slot:
         shards = range(len(self._shards))
         found = np.concatenate([self._candidates(shard, both, count, kept) for shard in shards], axis=1)
         pairs = zip(found[: len(queries)], found[len(queries) :], queries, strict=True)
-        return [self._ranked(np.unique(np.concatenate([mine, others])), query) for mine, others, query in pairs]
+        return [self._ranked((np.union1d(mine, others), query)) for mine, others, query in pairs]
 
     def _candidates(self, shard: int, queries: np.ndarray, count: int, kept: np.ndarray | None) -> np.ndarray:
         """Rows of a shard that score highest, as FAISS sees it: int64 [M, n], with n = count or all that are there."""
@@ -217,11 +217,16 @@ class Slot:
             return faiss.RaBitQSearchParameters(sel=selector, qb=QUERY_BITS)
         return faiss.SearchParameters(sel=selector)
 
-    def _ranked(self, rows: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """These rows and their scores, the largest first; equal ones by row."""
-        together = max(1, DECODED_BYTES // (8 * len(query)))
-        parts = [rows[start : start + together] for start in range(0, len(rows), together)]
-        scores = np.concatenate([inner_products(query[None], self.rows(part))[0] for part in parts])
+    def _ranked(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows and a query: the rows and their scores, the largest first; equal ones by row."""
+        rows, query = asked
+        if self._bits == 1:
+            products = sign_products(self._generation.codes(self.step, rows), query)
+            scores = (products * self.factors[rows]).astype(np.float32)
+        else:
+            together = max(1, DECODED_BYTES // (8 * len(query)))
+            parts = (rows[start : start + together] for start in range(0, len(rows), together))
+            scores = np.concatenate([inner_products(query[None], self.rows(part))[0] for part in parts])
         order = np.lexsort((rows, -scores))
         return rows[order], scores[order]
 
