@@ -26,6 +26,10 @@ ROWS = {
         *("| B | 4 |", "| steps | 2 |", "| T | 16 |", "| 1024 |", "| 512 | "),
     ],
     "bench_store.py": ["| 300 |", "| (b) looped GPT, d=32, T=16, 2 steps, batch 4 | 16 |"],
+    "bench_search.py": [
+        "| 300 x 1,024, 1 bits | ours |",
+        *("| 300 x 512, 16 bits | ours |", "| 300 x 128, 8 bits | ours |", "| FAISS SQfp16 |"),
+    ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 
