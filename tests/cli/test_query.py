@@ -39,6 +39,15 @@ def check_side(side: list[dict[str, Any]], expected: Ranked) -> None:
     np.testing.assert_allclose([each["standard_error"] for each in side], expected.standard_errors, rtol=1e-4)
 
 
+def test_a_filter_is_searched_within(target: str, tiny_index: Path, sketches: tuple[np.ndarray, str]) -> None:
+    document = asked(target, "--example", EXAMPLE, "--k", "3", "--where", "row < 6")
+    expected = open_index(tiny_index).search(sketches[0], k=3, where="row < 6")
+    check_side(document["total"]["proponents"], expected.total.proponents)
+    refused = invoke(["query", "--server", target, "--example", EXAMPLE, "--where", "row <"])
+    assert refused.exit_code == 1
+    assert "invalid syntax" in refused.stderr
+
+
 @pytest.mark.parametrize("resolve", ["query_step", "train_step", "same_step"])
 def test_json_holds_what_the_index_itself_answers(
     target: str, tiny_index: Path, sketches: tuple[np.ndarray, str], resolve: Resolve

@@ -34,6 +34,19 @@ def client(served: Served) -> Client:
     return Client(served.target)
 
 
+def test_a_filter_is_searched_within(client: Client, index: Index, sketches: np.ndarray) -> None:
+    where = 'row >= 5 and id != "tiny-7"'
+    (result,) = client.find_influences([SketchQuery(sketches[0], index.fingerprint)], k=4, where=where)
+    expected = index.search(sketches[0], k=4, where=where)
+    for found, ranking in zip([result.total, *result.steps], [expected.total, *expected.steps], strict=True):
+        assert [each.example_id for each in found.proponents] == list(ranking.proponents.example_ids)
+        assert [each.example_id for each in found.opponents] == list(ranking.opponents.example_ids)
+        assert all(each.metadata["row"] >= 5 for each in (*found.proponents, *found.opponents))
+    with pytest.raises(InvalidQueryError, match=r"character 1: no column 'rows'; the columns are id, .*row") as caught:
+        client.find_influences([IdQuery("tiny-0")], where="rows > 3")
+    assert caught.value.field == "where"
+
+
 def test_results_are_those_of_the_index(served: Served, index: Index, sketches: np.ndarray) -> None:
     ids = ["tiny-1", "tiny-5"]
     with Client(served.target) as client:

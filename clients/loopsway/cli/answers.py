@@ -92,10 +92,11 @@ def ask(
     k: int,
     resolve: Resolve,
     steps: Sequence[int] | None = None,
+    where: str = "",
     index: str = "",
 ) -> Answer:
     """Asks for the rankings, then for the trajectories of the examples ranked over the whole loop."""
-    (result,) = client.find_influences([query], k=k, resolve=resolve, steps=steps, index=index)
+    (result,) = client.find_influences([query], k=k, resolve=resolve, steps=steps, where=where, index=index)
     ids = _ids(result.total)
     trajectories = client.get_trajectories([query], ids, resolve=resolve, index=index) if ids else None
     return Answer(question=question, resolve=resolve, result=result, trajectories=trajectories)

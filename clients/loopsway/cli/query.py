@@ -40,6 +40,12 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
     help="Whose steps: the query's, the training example's, or the same of both.",
 )
 @click.option("--step", "steps", type=int, multiple=True, metavar="N", help="Only this step; may be repeated.")
+@click.option(
+    "--where",
+    default="",
+    metavar="FILTER",
+    help="Rank only some examples, such as 'source == \"web\" and length < 200'.",
+)
 @click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to wait for each answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else.")
 @click.option(
@@ -58,6 +64,7 @@ def query(
     k: int,
     resolve: str,
     steps: tuple[int, ...],
+    where: str,
     timeout_s: float,
     as_json: bool,
     plot: Path | None,
@@ -82,6 +89,7 @@ def query(
                 k=k,
                 resolve=cast("Resolve", resolve.replace("-", "_")),
                 steps=steps or None,
+                where=where,
                 index=index,
             )
     except LoopswayError as error:

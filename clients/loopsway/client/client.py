@@ -59,6 +59,7 @@ class Client:
         k: int = 10,
         resolve: Resolve = "query_step",
         steps: Sequence[int] | None = None,
+        where: str = "",
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
@@ -69,13 +70,14 @@ class Client:
             k: how many proponents, and how many opponents, in each ranking.
             resolve: whether steps are the query's, the training example's, or the same of both.
             steps: the steps to rank. None: all.
+            where: a filter over the examples, such as 'source == "web" and length < 200'. Empty: all.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
 
         Returns:
             One result for each query.
         """
-        request = messages.influences_request(queries, k, resolve, steps, index)
+        request = messages.influences_request(queries, k, resolve, steps, where, index)
         return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s))
 
     def get_trajectories(
@@ -143,11 +145,12 @@ class AsyncClient:
         k: int = 10,
         resolve: Resolve = "query_step",
         steps: Sequence[int] | None = None,
+        where: str = "",
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
         """As `Client.find_influences`."""
-        request = messages.influences_request(queries, k, resolve, steps, index)
+        request = messages.influences_request(queries, k, resolve, steps, where, index)
         return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
 
     async def get_trajectories(

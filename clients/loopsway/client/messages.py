@@ -34,7 +34,7 @@ _RESOLVE: dict[str, pb.ResolveMode.ValueType] = {
 
 
 def influences_request(
-    queries: Sequence[Query], k: int, resolve: Resolve, steps: Sequence[int] | None, index: str
+    queries: Sequence[Query], k: int, resolve: Resolve, steps: Sequence[int] | None, where: str, index: str
 ) -> pb.FindInfluencesRequest:
     if steps is not None and not len(steps):
         raise InvalidQueryError("steps is empty; name one or more, or leave it None for all", field="steps")
@@ -44,6 +44,7 @@ def influences_request(
         k=_int32(k, "k"),
         resolve=_resolve(resolve, get_args(Resolve)),
         steps=[_int32(step, f"steps[{i}]") for i, step in enumerate(() if steps is None else steps)],
+        where=where,
     )
 
 

@@ -1,7 +1,7 @@
 """Step-resolved data attribution: from a task's checkpoints and examples to an index that can be searched.
 
 The data's way: Task -> capture (activations and output gradients, by step) -> sketch -> features [B, S, W] -> store
-(Zarr blocks) -> search (FAISS) -> index. Nothing here knows gRPC.
+(Zarr blocks) -> search (a scan, FAISS) -> index. Nothing here knows gRPC.
 """
 
 from .blocks import NonFiniteExampleError
@@ -10,6 +10,7 @@ from .config import Checkpoint, Loop, SketchConfig
 from .editing import compact_index, delete_examples, prune_index
 from .export import export_index
 from .features import ExampleSketcher
+from .filters import FilterError
 from .folders import IndexDamagedError, StorageError
 from .index import Index, UnknownExampleError, open_index
 from .lock import IndexLockedError
@@ -26,6 +27,7 @@ __all__ = [
     "Damage",
     "Example",
     "ExampleSketcher",
+    "FilterError",
     "Index",
     "IndexDamagedError",
     "IndexExistsError",

@@ -588,6 +588,7 @@ class FindInfluencesRequest(_message.Message):
     K_FIELD_NUMBER: _builtins.int
     RESOLVE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     k: _builtins.int
@@ -597,6 +598,10 @@ class FindInfluencesRequest(_message.Message):
     resolve: Global___ResolveMode.ValueType
     """How influences are resolved into steps. Unset means RESOLVE_MODE_QUERY_STEP; RESOLVE_MODE_STEP_MATRIX has no
     ranking and is refused.
+    """
+    where: _builtins.str
+    """A filter over the training examples, which are ranked within it, such as `source == "web" and length < 200`; at most
+    10,000 characters. Its names are the metadata's columns, `id` and `description`. Empty means all examples.
     """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
@@ -618,10 +623,11 @@ class FindInfluencesRequest(_message.Message):
         k: _builtins.int | None = ...,
         resolve: Global___ResolveMode.ValueType = ...,
         steps: _abc.Iterable[_builtins.int] | None = ...,
+        where: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "k", b"k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "index", b"index", "k", b"k", "queries", b"queries", "resolve", b"resolve", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "index", b"index", "k", b"k", "queries", b"queries", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015

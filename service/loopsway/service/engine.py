@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from loopsway.indexer import Index, IndexDamagedError, Ranking
+from loopsway.indexer import FilterError, Index, IndexDamagedError, Ranking
 from loopsway.indexer.config import Resolve
 from loopsway.indexer.index import TrajectoryResolve
 
@@ -84,7 +84,7 @@ class Engine:
         return self._model is not None
 
     async def find_influences(
-        self, queries: Sequence[Query], *, k: int, resolve: Resolve, steps: Sequence[int] | None
+        self, queries: Sequence[Query], *, k: int, resolve: Resolve, steps: Sequence[int] | None, where: str | None
     ) -> list[Influences]:
         """Ranks the index's examples for each query; arguments as for `Index.search`.
 
@@ -93,7 +93,7 @@ class Engine:
         """
         with self._place():
             resolved = await self._resolve(queries)
-            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps))
+            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps, where))
         return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
 
     async def trajectories(
@@ -166,14 +166,20 @@ class Engine:
         return await self._model.resolve(queries)
 
     def _search(
-        self, queries: Sequence[ResolvedQuery], k: int, resolve: Resolve, steps: Sequence[int] | None
+        self,
+        queries: Sequence[ResolvedQuery],
+        k: int,
+        resolve: Resolve,
+        steps: Sequence[int] | None,
+        where: str | None,
     ) -> list[Ranking]:
         rankings: dict[int, Ranking] = {}
         for rows in _by_steps(queries):
             sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
             # Each field was checked before it came here: what is left is steps that the query doesn't have.
             with _refusing("steps" if steps else "resolve"):
-                rankings |= zip(rows, self.index.search(sketches, k=k, resolve=resolve, steps=steps), strict=True)
+                found = self.index.search(sketches, k=k, resolve=resolve, steps=steps, where=where)
+            rankings |= zip(rows, found, strict=True)
         return [rankings[row] for row in range(len(queries))]
 
     def _trajectories(
@@ -233,6 +239,8 @@ def _refusing(field: str) -> Iterator[None]:
         yield
     except IndexDamagedError:
         raise
+    except FilterError as error:
+        raise InvalidFieldError(str(error), field="where") from error
     except ValueError as error:
         raise InvalidFieldError(str(error), field=field) from error
 
