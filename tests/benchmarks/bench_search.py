@@ -25,8 +25,8 @@ from loopsway.indexer.coding import code_examples
 from loopsway.indexer.config import SketchConfig
 from loopsway.indexer.folders import LocalFolder
 from loopsway.indexer.manifest import Plan
-from loopsway.indexer.row_table import open_row_table, write_row_table
-from loopsway.indexer.search import Slot
+from loopsway.indexer.row_table import ROWS, write_row_table
+from loopsway.indexer.search import Slot, open_slots
 from loopsway.indexer.store import CodedExamples, Generation
 
 K = 10
@@ -47,8 +47,8 @@ def stored_slot(folder: Path, count: int, width: int, bits: int) -> Slot:
         steps, total = code_examples(rows, seed=0, bits=bits)
         losses = np.zeros((len(plan.checkpoints), len(rows)), np.float32)
         generation.write(block, CodedExamples(steps=steps, total=total, losses=losses, steps_without_gradient=()))
-    table = open_row_table(generation, {"rows.npy": write_row_table(generation)})
-    return Slot(generation, None, factors=table.factors[-1], norms=table.norms[-1])
+    slots = open_slots(generation, {ROWS: write_row_table(generation)})
+    return slots[None]
 
 
 def read_codes(slot: Slot) -> Callable[[], Any]:
@@ -81,7 +81,7 @@ def right_ids(slot: Slot, queries: np.ndarray) -> bool:
 def compared(folder: Path, count: int, width: int, bits: int, repeats: int, *, peers: bool) -> list[list[str]]:
     """One row of the table for each way to search this slot."""
     slot = stored_slot(folder / f"{count}-{width}-{bits}", count, width, bits)
-    slot.use(slot.build())
+    slot.build()
     read, size = read_codes(slot), sum(block.nbytes for block in code_blocks(slot))
     ways: dict[str, tuple[int, Callable[[np.ndarray], Any]]] = {
         "ours": (size, lambda queries: slot.search(queries, K)),

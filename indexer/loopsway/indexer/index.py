@@ -78,9 +78,6 @@ class Index:
                 self.manifest.parts, self._stored, self._by_part(self._is_deleted), strict=True
             )
         ]
-        for part, slots in zip(self.manifest.parts, parts, strict=True):
-            for slot in slots.values():
-                slot.use(part.own_files)
         self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
 
     @property

@@ -56,7 +56,6 @@ def finished_part(
     recalls: dict[str, float] = {}
     for step, slot in slots.items():
         built = slot.build()
-        slot.use(built)
         files |= built
         recalls["total" if step is None else str(step)] = _recall(slot)
         slot.unload()

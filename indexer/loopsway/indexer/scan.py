@@ -121,48 +121,46 @@ _Bounds = tuple[np.ndarray, np.ndarray]  # float32 [M, n], and whose they are, i
 
 def _scan_blocks(queries: CodedQueries, rows: Rows, blocks: Sequence[int], count: int) -> tuple[_Bounds, _Bounds]:
     """The largest bounds of each sign in these blocks."""
-    found: list[tuple[_Bounds, _Bounds]] = []
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []  # rows and their products
+    none: _Bounds = np.empty((len(queries.peaks), 0), np.float32), np.empty((len(queries.peaks), 0), np.int64)
+    found, waiting, size = [(none, none)], [], 0  # waiting: rows and their products
     for block in blocks:
-        own, codes = np.arange(rows.blocks[block].start, rows.blocks[block].stop), rows.codes(block)
-        if rows.kept is not None and rows.kept[own].mean() < SPARSE:
-            kept = rows.kept[own]
-            own, codes = own[kept], codes[kept]
-        if len(own):
-            waiting.append((own, queries.products(codes)))
-        if waiting and (block == blocks[-1] or sum(products.size for _, products in waiting) > WAITING):
+        own = np.arange(rows.blocks[block].start, rows.blocks[block].stop)
+        kept = slice(None) if rows.kept is None or rows.kept[own].mean() >= SPARSE else rows.kept[own]
+        own = own[kept]
+        if len(own):  # else nothing of the block is read
+            waiting.append((own, queries.products(rows.codes(block)[kept])))
+            size += waiting[-1][1].size
+        if waiting and (block == blocks[-1] or size > WAITING):
             found.append(_bounds(queries, rows, waiting, count))
-            waiting = []
-    nothing = np.empty((len(queries.peaks), 0))
-    none: _Bounds = nothing.astype(np.float32), nothing.astype(np.int64)
-    return _joined([none, *(each[0] for each in found)], count), _joined([none, *(each[1] for each in found)], count)
+            waiting, size = [], 0
+    largest, smallest = (_joined([each[sign] for each in found], count) for sign in range(2))
+    return largest, smallest
 
 
 def _bounds(
     queries: CodedQueries, rows: Rows, parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int
 ) -> tuple[_Bounds, _Bounds]:
-    own = np.concatenate([rows for rows, _ in parts])
-    products = np.ascontiguousarray(np.concatenate([products for _, products in parts]).T)  # [M, n]
+    own = np.concatenate([each for each, _ in parts])
+    products = np.ascontiguousarray(np.concatenate([each for _, each in parts]).T)  # [M, n]
     factors, slack = rows.factors[own], queries.slack[:, None] * np.float32(rows.longest)
+    out = None if rows.kept is None else ~rows.kept[own]
     upper = products + slack
     lower = np.subtract(slack, products, out=products)
     for values in (upper, lower):
         values *= factors
-        if rows.kept is not None:
-            values[:, ~rows.kept[own]] = -np.inf
-    return _largest(upper, own, count), _largest(lower, own, count)
-
-
-def _largest(values: np.ndarray, rows: np.ndarray, count: int) -> _Bounds:
-    """The largest for each query, in no order, or all; rows are [n]."""
-    if values.shape[1] <= count:
-        return values, np.broadcast_to(rows, values.shape)
-    places = np.argpartition(values, -count, axis=1)[:, -count:]
-    return np.take_along_axis(values, places, axis=1), rows[places]
+        if out is not None:
+            values[:, out] = -np.inf
+    whose = np.broadcast_to(own, products.shape)
+    return _largest(upper, whose, count), _largest(lower, whose, count)
 
 
 def _joined(parts: Sequence[_Bounds], count: int) -> _Bounds:
     values, rows = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    return _largest(values, rows, count)
+
+
+def _largest(values: np.ndarray, rows: np.ndarray, count: int) -> _Bounds:
+    """The largest for each query, in no order, or all."""
     if values.shape[1] <= count:
         return values, rows
     places = np.argpartition(values, -count, axis=1)[:, -count:]
@@ -223,9 +221,8 @@ def _as_int8(unit: np.ndarray, bits: int) -> tuple[Callable[[np.ndarray], np.nda
     def products(codes: np.ndarray) -> np.ndarray:
         out = np.zeros((len(codes), len(coded)), np.int32)
         for place, part in enumerate(packed):
-            cells = ((codes >> (place * bits)) & (2 * half - 1)).view(np.int8) - np.int8(half) if bits < 8 else (
-                codes ^ np.uint8(half)).view(np.int8)  # fmt: skip
-            out += np.asarray(numkong.dots_packed(cells, part))
+            cells = (codes >> (place * bits)) & np.uint8(2 * half - 1)
+            out += np.asarray(numkong.dots_packed((cells - np.uint8(half)).view(np.int8), part))
         return (2 * out + sums).astype(np.float32) / np.float32(127)
 
     return products, coded / 127.0

@@ -25,7 +25,7 @@ import numpy as np
 from .coding import decode, variance_factor
 from .folders import FileFacts, IndexDamagedError
 from .row_table import open_row_table
-from .scan import Candidates, Rows, code_queries, in_threads, scan, sign_products
+from .scan import Rows, code_queries, in_threads, scan, sign_products
 from .store import Generation
 
 FAISS_FOLDER = "faiss"
@@ -45,6 +45,7 @@ class Slot:
         step: its number; None is the total over steps.
         factors: [N] of the codes.
         norms: [N] of the sketches.
+        files: facts of the generation's files, by name; its FAISS indices are opened when they are needed.
         deleted: rows that no search finds.
     """
 
@@ -55,6 +56,7 @@ class Slot:
         *,
         factors: np.ndarray,
         norms: np.ndarray,
+        files: Mapping[str, FileFacts],
         deleted: np.ndarray | None = None,
     ) -> None:
         self.step, self.factors, self.norms = step, factors, norms
@@ -64,7 +66,7 @@ class Slot:
         if deleted is not None and len(deleted):
             self._kept = np.ones(len(factors), bool)
             self._kept[deleted] = False
-        self._files: Mapping[str, FileFacts] = {}
+        self._files = files
         self._faiss: list[Any] = []
         self._loading = threading.Lock()
 
@@ -87,7 +89,11 @@ class Slot:
             yield decode(self._generation.block_codes(self.step, block), factors, self._bits)
 
     def build(self) -> dict[str, FileFacts]:
-        """Makes the slot's FAISS indices, one after another, and writes their files, whose facts it gives by name."""
+        """Makes the slot's FAISS indices, one after another, and writes the files that it uses from now on.
+
+        Returns:
+            Their facts, by name.
+        """
         faiss, scale = import_faiss(), self._scale()
         written = {}
         for shard, rows in enumerate(self._shards):
@@ -97,15 +103,8 @@ class Slot:
                 index.add(block * np.float32(scale))
             write = partial(_write_index, faiss, index)
             written[self.file_name(shard)] = self._generation.folder.write_file(self.file_name(shard), write)
+        self._files, self._faiss = written, []
         return written
-
-    def use(self, files: Mapping[str, FileFacts]) -> None:
-        """Says what its FAISS files are, which are opened when they are needed.
-
-        Args:
-            files: facts of the generation's files, by name.
-        """
-        self._files, self._faiss = files, []
 
     def unload(self) -> None:
         """Frees the FAISS indices."""
@@ -116,12 +115,12 @@ class Slot:
         with self._loading:
             if not self._faiss:
                 shards = enumerate(self._shards)
-                self._faiss = [self._loaded(self.file_name(shard), self._files, len(rows)) for shard, rows in shards]
+                self._faiss = [self._loaded(self.file_name(shard), len(rows)) for shard, rows in shards]
             return self._faiss
 
-    def _loaded(self, name: str, files: Mapping[str, FileFacts], num_rows: int) -> Any:
+    def _loaded(self, name: str, num_rows: int) -> Any:
         faiss, folder = import_faiss(), self._generation.folder
-        with folder.local(name, lambda: files[name]["digest"]) as file:
+        with folder.local(name, lambda: self._files[name]["digest"]) as file:
             try:
                 index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError as error:
@@ -163,9 +162,9 @@ class Slot:
             largest, smallest = scan(code_queries(queries[waiting], self._bits), rows, count)
             candidates = [np.union1d(*both) for both in zip(largest.rows, smallest.rows, strict=True)]
             found = in_threads(self._ranked, zip(candidates, queries[waiting], strict=True))
-            for place, (own, scores) in enumerate(found):
-                if _is_whole(scores, largest, place, k) and _is_whole(-scores[::-1], smallest, place, k):
-                    answers[waiting[place]] = own, scores
+            for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
+                if _is_whole(answer[1], upper, k) and _is_whole(-answer[1][::-1], lower, k):
+                    answers[query] = answer
             count *= WIDENING
         return [answers[query] for query in range(len(queries))]
 
@@ -201,18 +200,18 @@ class Slot:
     def _candidates(self, shard: int, queries: np.ndarray, count: int, kept: np.ndarray | None) -> np.ndarray:
         """Rows of a shard that score highest, as FAISS sees it: int64 [M, n], with n = count or all that are there."""
         rows = self._shards[shard]
-        chosen = None if kept is None else np.flatnonzero(kept[rows.start : rows.stop])
-        count = min(count, len(rows) if chosen is None else len(chosen))
+        own = None if kept is None else kept[rows.start : rows.stop]
+        count = min(count, len(rows) if own is None else int(own.sum()))
         if not count:
             return np.empty((len(queries), 0), np.int64)
-        return self._opened()[shard].search(queries, count, params=self._parameters(chosen))[1] + rows.start
+        return self._opened()[shard].search(queries, count, params=self._parameters(own))[1] + rows.start
 
-    def _parameters(self, chosen: np.ndarray | None) -> Any:
-        """Of a FAISS search, which passes over other rows as it goes; None if all are chosen."""
-        if chosen is None:
+    def _parameters(self, kept: np.ndarray | None) -> Any:
+        """Of a FAISS search, which passes over other rows as it goes; None if all are kept."""
+        if kept is None:
             return None
         faiss = import_faiss()
-        selector = faiss.IDSelectorBatch(chosen)
+        selector = faiss.IDSelectorBitmap(np.packbits(kept, bitorder="little"))
         if self._bits == 1:
             return faiss.RaBitQSearchParameters(sel=selector, qb=QUERY_BITS)
         return faiss.SearchParameters(sel=selector)
@@ -261,16 +260,14 @@ def shard_rows(num_examples: int, bytes_of_a_row: int, block_rows: int) -> int:
     return -(-least // block_rows) * block_rows
 
 
-def _is_whole(scores: np.ndarray, candidates: Candidates, query: int, k: int) -> bool:
+def _is_whole(scores: np.ndarray, limit: float, k: int) -> bool:
     """Whether no row that a scan left out is among the k of largest positive score.
 
     Args:
         scores: of the candidates, the largest first.
-        candidates: what the scan gave.
-        query: its place among the scan's.
+        limit: no row that was left out scores more.
         k: how many are wanted.
     """
-    limit = candidates.limits[query]
     return limit <= 0 or (len(scores) >= k and scores[k - 1] > limit)
 
 
@@ -318,6 +315,6 @@ def open_slots(
     table = open_row_table(generation, files)
     steps: list[int | None] = [*range(generation.plan.num_steps), None]
     return {
-        step: Slot(generation, step, factors=factors, norms=norms, deleted=deleted)
+        step: Slot(generation, step, factors=factors, norms=norms, files=files, deleted=deleted)
         for step, factors, norms in zip(steps, table.factors, table.norms, strict=True)
     }
