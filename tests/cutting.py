@@ -77,10 +77,7 @@ def _build(path: Path | str, log: Path, point: Point, environment: dict[str, str
     os.environ.update(environment)
     lock.LEASE_S = LEASE_S
     _note_blocks(log)
-    if isinstance(point, int):
-        _kill_at_change(Path(path), point)
-    else:
-        _kill_at(point)
+    _kill_at(point, path)
     build_index(LoopedTask(count=COUNT), path, CONFIG, block_rows=BLOCK_ROWS, batch_size=BATCH_SIZE, progress=False)
 
 
@@ -108,8 +105,10 @@ def _kill_at_change(path: Path, number: int) -> None:
     sys.addaudithook(noted)
 
 
-def _kill_at(point: str | None) -> None:
+def _kill_at(point: Point, path: Path | str) -> None:
     match point:
+        case int():
+            _kill_at_change(Path(path), point)
         case "in a block":
             _kill(blocks.BlockSketcher, "_coded_batch", call=4)
         case "after chunks":

@@ -10,7 +10,7 @@ import pytest
 
 from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT
 from looped import LoopedTask
-from loopsway.indexer import Index, SketchConfig, build_index
+from loopsway.indexer import Index, Ranking, SketchConfig, build_index
 
 
 def build(path: Path, task: LoopedTask | None = None, config: SketchConfig = CONFIG, **arguments: Any) -> Index:
@@ -22,6 +22,16 @@ def contents(path: Path) -> dict[str, bytes]:
     """Every file of the arrays, and the examples."""
     files = [*path.rglob("arrays.zarr/**/*"), *path.rglob("*.parquet")]
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files if file.is_file()}
+
+
+def answered(rankings: list[Ranking]) -> list[tuple[tuple[str, ...], list[float]]]:
+    """Ids and influences of every side: the total's and each step's, query after query."""
+    return [
+        (side.example_ids, side.influences.tolist())
+        for ranking in rankings
+        for at in (ranking.total, *ranking.steps)
+        for side in (at.proponents, at.opponents)
+    ]
 
 
 def assert_same(got: dict[str, bytes], want: dict[str, bytes]) -> None:

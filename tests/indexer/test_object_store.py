@@ -44,7 +44,7 @@ from loopsway.indexer import (
 from loopsway.indexer.addresses import open_folder
 from loopsway.indexer.s3_folder import S3Folder
 
-from .conftest import assert_same, build, contents
+from .conftest import answered, assert_same, build, contents
 from .test_growth import part_of, queries
 from .test_verification import KINDS
 
@@ -95,13 +95,8 @@ def entries(url: str) -> set[int]:
 
 
 def answers(index: Index, k: int = 7, *, exact: bool = True) -> list[Any]:
-    return [
-        (side.example_ids, side.influences.tolist())
-        for resolve in ("query_step", "train_step")
-        for ranking in index.search(queries(), k=k, resolve=resolve, exact=exact)
-        for at in (ranking.total, *ranking.steps)
-        for side in (at.proponents, at.opponents)
-    ]
+    found = (index.search(queries(), k=k, resolve=resolve, exact=exact) for resolve in ("query_step", "train_step"))
+    return [answer for rankings in found for answer in answered(rankings)]
 
 
 def cached(environment: dict[str, str]) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +13,8 @@ from loopsway.indexer import SketchConfig, delete_examples, open_index, scan
 from loopsway.indexer.coding import decode, encode
 from loopsway.indexer.config import BITS
 from loopsway.indexer.filters import FilterError, matching_rows
-from loopsway.indexer.ranking import Ranking
 
-from .conftest import build
+from .conftest import answered, build
 
 COUNT, BLOCK = 700, 64
 
@@ -90,33 +88,20 @@ def test_sign_products_are_those_of_float64() -> None:
             np.testing.assert_allclose(products[live], want[live], atol=1e-6 * np.abs(query).sum() + 1e-300)
 
 
-def ids(ranking: Ranking) -> list[tuple[str, ...]]:
-    return [side.example_ids for at in (ranking.total, *ranking.steps) for side in (at.proponents, at.opponents)]
-
-
-def answers(rankings: list[Ranking]) -> list[Any]:
-    return [
-        (side.example_ids, side.influences.tolist())
-        for ranking in rankings
-        for at in (ranking.total, *ranking.steps)
-        for side in (at.proponents, at.opponents)
-    ]
-
-
 def queries(count: int = 6) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((count, 4, 256)).astype(np.float32)
 
 
 def test_an_answer_is_the_same_on_any_threads_and_in_any_batch(whole_index: Path) -> None:
     index, threads = open_index(whole_index), torch.get_num_threads()
-    together = answers(index.search(queries(), k=7))
+    together = answered(index.search(queries(), k=7))
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert answers(index.search(queries(), k=7)) == together
+            assert answered(index.search(queries(), k=7)) == together
     finally:
         torch.set_num_threads(threads)
-    assert answers([index.search(query, k=7) for query in queries()]) == together
+    assert answered([index.search(query, k=7) for query in queries()]) == together
 
 
 def test_equal_scores_come_by_row(tmp_path: Path) -> None:
@@ -124,14 +109,14 @@ def test_equal_scores_come_by_row(tmp_path: Path) -> None:
     task._examples = [Labelled((1, 2, 3))] * 50
     index = build(tmp_path / "equal.index", task)
     for ranking in index.search(queries(), k=3):
-        sides = [side for side in ids(ranking) if side]
+        sides = [ids for ids, _ in answered([ranking]) if ids]
         assert sides
         assert all(side == ("train/0", "train/1", "train/2") for side in sides)
 
 
 def test_a_zero_query_has_no_influence(whole_index: Path) -> None:
     ranking = open_index(whole_index).search(np.zeros((4, 256), np.float32), k=3)
-    assert not any(ids(ranking))
+    assert not any(ids for ids, _ in answered([ranking]))
 
 
 def test_more_than_there_are_is_all_there_are(whole_index: Path) -> None:
@@ -166,4 +151,4 @@ def test_a_filter_that_can_not_be_read_says_where(whole_index: Path) -> None:
 @pytest.mark.parametrize("bits", [1, 8, 16])
 def test_faiss_finds_what_a_scan_finds(tmp_path: Path, bits: int) -> None:
     index = build(tmp_path / "a.index", config=SketchConfig(width=256, bits=bits))
-    assert answers(index.search(queries(), k=5, exact=False)) == answers(index.search(queries(), k=5))
+    assert answered(index.search(queries(), k=5, exact=False)) == answered(index.search(queries(), k=5))
