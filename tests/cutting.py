@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from looped import LoopedTask
-from loopsway.indexer import SketchConfig, blocks, build_index, lock, manifest, search, store
+from loopsway.indexer import SketchConfig, build_index
+from loopsway.indexer.building import blocks
+from loopsway.indexer.search import slot
+from loopsway.indexer.store import generation, lock, manifest
 
 COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
 CONFIG = SketchConfig(width=256, bits=1)
@@ -112,11 +115,11 @@ def _kill_at(point: Point, path: Path | str) -> None:
         case "in a block":
             _kill(blocks.BlockSketcher, "_coded_batch", call=4)
         case "after chunks":
-            _kill(store, "write_sealed", call=2)
+            _kill(generation, "write_sealed", call=2)
         case "after an entry":
-            _kill(store, "write_sealed", call=2, before=False)
+            _kill(generation, "write_sealed", call=2, before=False)
         case "while indexing":
-            _kill(search.Slot, "build", call=3)
+            _kill(slot.Slot, "build", call=3)
         case "before publishing":
             _kill(manifest.Manifest, "write", call=1)
         case "after publishing":

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from loopsway.indexer import Loop, SketchConfig
-from loopsway.indexer.device_hash import DeviceHash
-from loopsway.indexer.gradients import Dense
-from loopsway.indexer.sketch import Sketches
+from loopsway.indexer.gradients.forms import Dense
+from loopsway.indexer.sketches.device_hash import DeviceHash
+from loopsway.indexer.sketches.sketch import Sketches
 
 Losses = Callable[[nn.Module, Any], Tensor]
 Leaves = dict[str, nn.Parameter]

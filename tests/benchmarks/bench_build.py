@@ -20,9 +20,9 @@ from looped_gpt import GPTTask, Shape, synthetic_texts
 from measurement import markdown_table, median_seconds, parse_arguments
 
 from loopsway.indexer import ExampleSketcher, SketchConfig, Task, load_task
-from loopsway.indexer.capture import Capture
-from loopsway.indexer.coding import code_examples
-from loopsway.indexer.gradients import Dense, Gradient, OuterProduct
+from loopsway.indexer.gradients.forms import Dense, Gradient, OuterProduct
+from loopsway.indexer.sketches.capture import Capture
+from loopsway.indexer.sketches.coding import code_examples
 
 SHAPES = (Shape(dim=128), Shape(dim=256, num_bytes=128))
 SMOKE_SHAPES = (Shape(dim=32, num_steps=2, num_bytes=16, batch=4),)

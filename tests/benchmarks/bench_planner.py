@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_planner.py [--smoke]
 
-loopsway.indexer.planner prices a linear layer's two paths, product and Fourier, with constants in nanoseconds. The
+sketches/planner.py prices a linear layer's two paths, product and Fourier, with constants in nanoseconds. The
 first table gives each one's value for several shapes and the median, which is the value to suggest. The second times
 both paths through `Sketches`, beside the matrix product alone (bmm), and shows what the planner's choice cost over the
 better one.
@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from measurement import markdown_table, median_seconds, parse_arguments
 
-from loopsway.indexer import planner
 from loopsway.indexer.config import LayerPath
-from loopsway.indexer.gradients import OuterProduct
-from loopsway.indexer.sketch import DeviceHash, Sketches
+from loopsway.indexer.gradients.forms import OuterProduct
+from loopsway.indexer.sketches import planner
+from loopsway.indexer.sketches.sketch import DeviceHash, Sketches
 
 BATCH = 8
 # Tokens, outputs, inputs.

@@ -25,7 +25,7 @@ from sdi.estimators import compute_query_sdi
 from torch import Tensor
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.coding import code_examples, decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import code_examples, decode, encode, rotate, row_bytes
 
 FACTOR_AND_NORM_BYTES = 8
 BITS = (32, 8, 1)

@@ -21,13 +21,13 @@ import torch
 from bench_store import synthetic_plan
 from measurement import markdown_table, median_seconds, parse_arguments
 
-from loopsway.indexer.coding import code_examples
 from loopsway.indexer.config import SketchConfig
-from loopsway.indexer.folders import LocalFolder
-from loopsway.indexer.manifest import Plan
-from loopsway.indexer.row_table import ROWS, write_row_table
-from loopsway.indexer.search import Slot, open_slots
-from loopsway.indexer.store import CodedExamples, Generation
+from loopsway.indexer.search.slot import Slot, open_slots
+from loopsway.indexer.sketches.coding import code_examples
+from loopsway.indexer.store.folders import LocalFolder
+from loopsway.indexer.store.generation import CodedExamples, Generation
+from loopsway.indexer.store.manifest import Plan
+from loopsway.indexer.store.row_table import ROWS, write_row_table
 
 K = 10
 BATCHES = (1, 17, 64)  # 17: a query's 16 steps and their total, which QUERY_STEP asks of one slot

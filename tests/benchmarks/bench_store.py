@@ -30,16 +30,16 @@ from measurement import markdown_table, parse_arguments
 from sketch_models import workload
 
 from loopsway.indexer import Checkpoint, ExampleSketcher, Loop, SketchConfig, open_index, verify_index
-from loopsway.indexer.building import MOST_BLOCK_ROWS
-from loopsway.indexer.coding import Codes, code_examples, row_bytes
-from loopsway.indexer.folders import LocalFolder
-from loopsway.indexer.manifest import PLAN, Plan
+from loopsway.indexer.building.part import MOST_BLOCK_ROWS
+from loopsway.indexer.building.publication import finished_part, publish
 from loopsway.indexer.progress import BuildProgress
-from loopsway.indexer.publication import finished_part, publish
-from loopsway.indexer.sealed import write_sealed
-from loopsway.indexer.search import import_faiss, shard_rows
+from loopsway.indexer.search.slot import import_faiss, shard_rows
+from loopsway.indexer.sketches.coding import Codes, code_examples, row_bytes
 from loopsway.indexer.stopping import Stop
-from loopsway.indexer.store import CodedExamples, Generation
+from loopsway.indexer.store.folders import LocalFolder
+from loopsway.indexer.store.generation import CodedExamples, Generation
+from loopsway.indexer.store.manifest import PLAN, Plan
+from loopsway.indexer.store.sealed import write_sealed
 
 SIZES, SMOKE_SIZES = (4_096, 16_384, 65_536), (300,)
 WIDTH, SMOKE_WIDTH, STEPS = 8192, 256, 8

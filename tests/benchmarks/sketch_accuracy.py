@@ -23,7 +23,7 @@ from sketch_models import Workload
 from torch import Tensor, nn
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
 
 FACTOR_AND_NORM_BYTES = 8
 BITS = (1, 2, 4, 8, 16, 32)

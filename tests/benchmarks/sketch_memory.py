@@ -34,7 +34,7 @@ from sketch_models import WORKLOADS, Workload, workload
 from torch import Tensor
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.coding import code_examples
+from loopsway.indexer.sketches.coding import code_examples
 
 WAYS = ("plain", "ours", "sketched", "exact")  # the latter two: the reference's
 TITLES = {

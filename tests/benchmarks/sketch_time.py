@@ -22,9 +22,9 @@ from sketch_models import Workload, workload
 from torch import Tensor, nn
 
 from loopsway.indexer import SketchConfig
-from loopsway.indexer.capture import Capture
-from loopsway.indexer.coding import code_examples
-from loopsway.indexer.gradients import Gradient, OuterProduct
+from loopsway.indexer.gradients.forms import Gradient, OuterProduct
+from loopsway.indexer.sketches.capture import Capture
+from loopsway.indexer.sketches.coding import code_examples
 
 PROJECTIONS = (512, 2048)  # the reference's floats for each tensor; 2048 is its default
 INPUT = "places.weight"  # of every model: its gradient is a sum over the batch, next to nothing

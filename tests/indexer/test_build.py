@@ -22,8 +22,8 @@ from loopsway.indexer import (
     TaskError,
     open_index,
 )
-from loopsway.indexer.building import new_block_rows
-from loopsway.indexer.coding import encode, rotate
+from loopsway.indexer.building.part import new_block_rows
+from loopsway.indexer.sketches.coding import encode, rotate
 
 from .conftest import assert_same, build, contents
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopsway.indexer.coding import Codes, code_shape, decode, encode, rotate, row_bytes, variance_factor
 from loopsway.indexer.config import BITS
+from loopsway.indexer.sketches.coding import Codes, code_shape, decode, encode, rotate, row_bytes, variance_factor
 
 WIDTH = 256
 TRIALS = 200

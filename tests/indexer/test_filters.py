@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopsway.indexer.filters import FilterError, matching_rows
+from loopsway.indexer.search.filters import FilterError, matching_rows
 
 ROWS: list[dict[str, Any]] = [
     {"length": 3, "score": 0.5, "source": "web", "clean": True},

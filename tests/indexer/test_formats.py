@@ -27,8 +27,8 @@ from loopsway.indexer import (
     open_index,
     verify_index,
 )
-from loopsway.indexer.examples import SubsetTask
-from loopsway.indexer.manifest import FORMAT_VERSION
+from loopsway.indexer.building.examples import SubsetTask
+from loopsway.indexer.store.manifest import FORMAT_VERSION
 
 FORMATS = Path(__file__).with_name("formats")
 NAMES = sorted(file.name for file in FORMATS.glob("*.zip"))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopsway.indexer import accumulator
 from loopsway.indexer.config import LayerPath
-from loopsway.indexer.gradients import Dense, Gradient, OuterProduct, TableRows
-from loopsway.indexer.sketch import DeviceHash, ExactGradients, GradientSink, Sketches
+from loopsway.indexer.gradients.forms import Dense, Gradient, OuterProduct, TableRows
+from loopsway.indexer.sketches import accumulator
+from loopsway.indexer.sketches.sketch import DeviceHash, ExactGradients, GradientSink, Sketches
 
 TRIALS = 200
 WIDTH = 64
@@ -37,7 +37,7 @@ def test_tiles_do_not_change_the_product(monkeypatch: pytest.MonkeyPatch) -> Non
     whole, tiled = (new_sketches({"w": (20, 70)}, 3, 1) for _ in range(2))
     fourier = new_sketches({"w": (20, 70)}, 3, 1, layer_path="fourier")
     whole.add("w", 0, OuterProduct(left, right))
-    monkeypatch.setattr("loopsway.indexer.sketch.PRODUCT_BYTES", 4 * 70 * 7)
+    monkeypatch.setattr("loopsway.indexer.sketches.sketch.PRODUCT_BYTES", 4 * 70 * 7)
     tiled.add("w", 0, OuterProduct(left, right))
     fourier.add("w", 0, OuterProduct(left, right))
     torch.testing.assert_close(whole.values, tiled.values)

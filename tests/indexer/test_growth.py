@@ -25,9 +25,9 @@ from loopsway.indexer import (
     prune_index,
     verify_index,
 )
-from loopsway.indexer.examples import SubsetTask
-from loopsway.indexer.folders import LocalFolder
-from loopsway.indexer.lock import writer_lock
+from loopsway.indexer.building.examples import SubsetTask
+from loopsway.indexer.store.folders import LocalFolder
+from loopsway.indexer.store.lock import writer_lock
 
 from .conftest import build
 
@@ -128,8 +128,8 @@ def test_a_file_that_has_grown_adds_what_is_new(grown: Path) -> None:
 def test_shards_answer_as_one(
     whole_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, most: int, num_shards: int
 ) -> None:
-    monkeypatch.setattr("loopsway.indexer.search.SHARD_BYTES", shard_bytes)
-    monkeypatch.setattr("loopsway.indexer.search.MOST_SHARDS", most)
+    monkeypatch.setattr("loopsway.indexer.search.slot.SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("loopsway.indexer.search.slot.MOST_SHARDS", most)
     path = tmp_path / "sharded.index"
     index, gone = build(path), {f"train/{row}" for row in (*range(16, 32), 49)}
     assert len(list(path.rglob("total-*.faiss"))) == num_shards
@@ -245,7 +245,7 @@ def test_a_cut_compaction_is_gone_on_with(grown: Path, monkeypatch: pytest.Monke
                 raise error
             return copied(*_)
 
-        from loopsway.indexer import editing
+        from loopsway.indexer.building import editing
 
         copied = editing._copied
         patch.setattr(editing, "_copied", cut)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from loopsway.indexer.gradients import Dense
-from loopsway.indexer.hashes import parameter_hash, rotation_signs
-from loopsway.indexer.sketch import DeviceHash, Sketches
+from loopsway.indexer.gradients.forms import Dense
+from loopsway.indexer.sketches.hashes import parameter_hash, rotation_signs
+from loopsway.indexer.sketches.sketch import DeviceHash, Sketches
 
 TRIALS = 1500
 WIDTH = 64

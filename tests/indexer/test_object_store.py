@@ -36,13 +36,13 @@ from loopsway.indexer import (
     build_index,
     compact_index,
     delete_examples,
-    lock,
     open_index,
     prune_index,
     verify_index,
 )
-from loopsway.indexer.addresses import open_folder
-from loopsway.indexer.s3_folder import S3Folder
+from loopsway.indexer.store import lock
+from loopsway.indexer.store.addresses import open_folder
+from loopsway.indexer.store.s3_folder import S3Folder
 
 from .conftest import answered, assert_same, build, contents
 from .test_growth import part_of, queries
@@ -317,7 +317,7 @@ def test_what_can_not_be_reached_is_an_error_that_says_so(
     with pytest.raises(ValueError, match="pass the URL as a str"):
         open_index(Path(url))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("loopsway.indexer.s3_folder.RETRIES", {"max_retries": 1})
+    monkeypatch.setattr("loopsway.indexer.store.s3_folder.RETRIES", {"max_retries": 1})
     with pytest.raises(StorageError, match=r"can't be reached: .*AWS_ENDPOINT_URL.*run the same command to go on"):
         open_index(url)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from loopsway.indexer.config import LayerPath
-from loopsway.indexer.gradients import Dense, Gradient, OuterProduct, TableRows
-from loopsway.indexer.planner import PathCost, choose_path
-from loopsway.indexer.sketch import DeviceHash, Sketches
+from loopsway.indexer.gradients.forms import Dense, Gradient, OuterProduct, TableRows
+from loopsway.indexer.sketches.planner import PathCost, choose_path
+from loopsway.indexer.sketches.sketch import DeviceHash, Sketches
 
 CPU = torch.device("cpu")
 

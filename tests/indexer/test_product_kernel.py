@@ -13,9 +13,9 @@ import pytest
 # case is the relative difference from the torch path.
 PROGRAM = """
 import torch
-from loopsway.indexer.gradients import OuterProduct
-from loopsway.indexer.product_kernel import add_product
-from loopsway.indexer.sketch import DeviceHash, Sketches
+from loopsway.indexer.gradients.forms import OuterProduct
+from loopsway.indexer.sketches.product_kernel import add_product
+from loopsway.indexer.sketches.sketch import DeviceHash, Sketches
 
 CPU = torch.device("cpu")
 CASES = {  # rows, columns, tokens, width, scaled

@@ -23,7 +23,7 @@ from loopsway.indexer import (
     open_index,
     verify_index,
 )
-from loopsway.indexer.examples import SubsetTask
+from loopsway.indexer.building.examples import SubsetTask
 
 from .conftest import assert_same, contents
 
@@ -93,7 +93,7 @@ def test_actors_add_what_is_new_of_a_file_that_has_grown(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("_cluster")
 def test_actors_that_die_again_and_again_end_the_build(tmp_path: Path) -> None:
-    from loopsway.indexer.ray_engine import WorkersDiedError
+    from loopsway.indexer.building.ray_engine import WorkersDiedError
 
     with pytest.raises(WorkersDiedError, match=r"3 workers died over block \d; .* run the same command to go on"):
         build(tmp_path / "ray.index", kills=True)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from looped import Labelled, LoopedTask
-from loopsway.indexer import SketchConfig, delete_examples, open_index, scan
-from loopsway.indexer.coding import decode, encode
+from loopsway.indexer import SketchConfig, delete_examples, open_index
 from loopsway.indexer.config import BITS
-from loopsway.indexer.filters import FilterError, matching_rows
+from loopsway.indexer.search import scan
+from loopsway.indexer.search.filters import FilterError, matching_rows
+from loopsway.indexer.sketches.coding import decode, encode
 
 from .conftest import answered, build
 

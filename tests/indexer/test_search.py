@@ -13,9 +13,9 @@ import zarr
 
 from looped import MODELS, LoopedTask, collate, losses, make_examples, make_model, step_gradients
 from loopsway.indexer import ExampleSketcher, Index, SketchConfig, StepSketcher, UnknownExampleError, build_index
-from loopsway.indexer.coding import decode, rotate
 from loopsway.indexer.config import BITS
-from loopsway.indexer.ranking import pairs
+from loopsway.indexer.search.ranking import pairs
+from loopsway.indexer.sketches.coding import decode, rotate
 
 WIDTH = 1024
 KINDS = [kind.__name__ for kind in MODELS]

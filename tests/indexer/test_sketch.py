@@ -22,9 +22,9 @@ from torch import Tensor
 
 from looped import MODELS, InjectedModel, collate, losses, make_examples, make_model, step_gradients
 from loopsway.indexer import Loop, SketchConfig, StepSketcher
-from loopsway.indexer.coding import decode, encode, rotate, variance_factor
-from loopsway.indexer.gradients import Dense
-from loopsway.indexer.sketch import DeviceHash, Sketches
+from loopsway.indexer.gradients.forms import Dense
+from loopsway.indexer.sketches.coding import decode, encode, rotate, variance_factor
+from loopsway.indexer.sketches.sketch import DeviceHash, Sketches
 
 TRIALS = 200
 WIDTH = 256

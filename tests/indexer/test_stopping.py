@@ -12,7 +12,7 @@ import pytest
 
 from looped import LoopedTask
 from loopsway.indexer import StoppedError
-from loopsway.indexer.search import Slot
+from loopsway.indexer.search.slot import Slot
 
 from .conftest import COUNT, assert_same, build, contents
 

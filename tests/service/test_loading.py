@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task
-from loopsway.indexer.folders import LocalFolder
-from loopsway.indexer.sealed import read_sealed, write_sealed
+from loopsway.indexer.store.folders import LocalFolder
+from loopsway.indexer.store.sealed import read_sealed, write_sealed
 from loopsway.service import LoadError, Settings, load_engine
 from serving import CONFIG, TASK_SPEC
 

@@ -9,7 +9,7 @@ import click
 from .failure import in_one_line, needs, stoppable
 
 if TYPE_CHECKING:
-    from loopsway.indexer.export import ExportFormat
+    from loopsway.indexer.building.export import ExportFormat
 
 
 @click.command(short_help="Write an index's sketches as Parquet or safetensors.")

@@ -4,23 +4,23 @@ The data's way: Task -> capture (activations and output gradients, by step) -> s
 (Zarr blocks) -> search (a scan, FAISS) -> index. Nothing here knows gRPC.
 """
 
-from .blocks import NonFiniteExampleError
-from .build import add_examples, build_index
+from .building.blocks import NonFiniteExampleError
+from .building.build import add_examples, build_index
+from .building.editing import compact_index, delete_examples, prune_index
+from .building.export import export_index
+from .building.verification import Damage, verify_index
 from .config import Checkpoint, Loop, SketchConfig
-from .editing import compact_index, delete_examples, prune_index
-from .export import export_index
-from .features import ExampleSketcher
-from .filters import FilterError
-from .folders import IndexDamagedError, StorageError
-from .index import Index, UnknownExampleError, open_index
-from .lock import IndexLockedError
-from .manifest import IndexExistsError, IndexNotFoundError
-from .plan import PlanEntry
-from .ranking import Example, Influencers, Ranked, Ranking
-from .sketcher import StepSketcher
+from .search.filters import FilterError
+from .search.index import Index, UnknownExampleError, open_index
+from .search.ranking import Example, Influencers, Ranked, Ranking
+from .sketches.features import ExampleSketcher
+from .sketches.plan import PlanEntry
+from .sketches.sketcher import StepSketcher
 from .stopping import StoppedError
+from .store.folders import IndexDamagedError, StorageError
+from .store.lock import IndexLockedError
+from .store.manifest import IndexExistsError, IndexNotFoundError
 from .task import Task, TaskError, is_shipped, load_task
-from .verification import Damage, verify_index
 
 __all__ = [
     "Checkpoint",

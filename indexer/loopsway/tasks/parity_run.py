@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from loopsway.indexer.config import Checkpoint
-from loopsway.indexer.files import write_whole
+from loopsway.indexer.store.files import write_whole
 
 from .parity_strings import held_out_strings
 

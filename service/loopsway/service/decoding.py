@@ -13,7 +13,7 @@ import numpy as np
 
 from loopsway.indexer import Index
 from loopsway.indexer.config import Resolve
-from loopsway.indexer.index import TrajectoryResolve
+from loopsway.indexer.search.index import TrajectoryResolve
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 

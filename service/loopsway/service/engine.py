@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from loopsway.indexer import FilterError, Index, IndexDamagedError, Ranking
 from loopsway.indexer.config import Resolve
-from loopsway.indexer.index import TrajectoryResolve
+from loopsway.indexer.search.index import TrajectoryResolve
 
 from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnknownNameError
 from .model import ModelQuery, QueryModel

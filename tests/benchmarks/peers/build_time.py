@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.coding import code_examples
+from loopsway.indexer.sketches.coding import code_examples
 
 WIDTHS = (8192, 32768)
 BERGSON = (Bergson(dimension=16), Bergson(dimension=32))

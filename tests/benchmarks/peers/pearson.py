@@ -35,7 +35,7 @@ from models import losses
 from torch import Tensor, nn
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Makes and changes indices: building, adding, deleting, compacting, exporting, verifying."""

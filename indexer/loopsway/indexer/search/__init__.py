@@ -1,0 +1,1 @@
+"""From sketches of a query to the examples that shaped its answer."""

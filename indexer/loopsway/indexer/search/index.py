@@ -1,0 +1,449 @@
+"""A published index, opened for reading: `open_index` and `Index`.
+
+N examples, Q queries, S steps of the index, T steps of a query, W width, n chosen examples, k results of each sign.
+
+This file knows no model: a query comes as sketches. An open index keeps the generation that it opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+
+from ..config import Checkpoint, Loop, Resolve, SketchConfig
+from ..sketches.coding import rotate_back, variance_factor
+from ..store.addresses import open_folder
+from ..store.folders import IndexDamagedError, LocalFolder
+from ..store.generation import ROW_AXES, Generation
+from ..store.manifest import Manifest, checkpoint_digests
+from .filters import matching_rows
+from .joined import JoinedSlot
+from .queries import checked_sketches, chosen_steps, query_vectors
+from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
+from .slot import inner_products, open_slots
+
+EXAMPLES, SKIPPED, RECALL = "examples.parquet", "skipped.parquet", "recall.json"
+
+TrajectoryResolve = Resolve | Literal["step_matrix"]
+
+
+class UnknownExampleError(LookupError):
+    """No example of this id is in the index."""
+
+
+def open_index(path: str | Path, *, generation: int | None = None) -> Index:
+    """Opens a finished index for search.
+
+    Args:
+        path: its folder, or its URL `s3://bucket/prefix`.
+        generation: an earlier generation that is still kept; None: the last.
+
+    Raises:
+        IndexNotFoundError: there is none, it is unfinished, or it has no such generation.
+        IndexDamagedError: a file is missing, of the wrong size or unreadable.
+        StorageError: the object store can't be reached, or the cache of its files is too small.
+    """
+    return Index(path, generation)
+
+
+class Index:
+    """An index on disk. Make it with `open_index`.
+
+    It keeps the generation that it opened, whatever is added or deleted meanwhile. Thread-safe for reading. Rows are
+    numbered over all parts, deleted ones included. Rows of codes are read through memory maps when they are needed.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it is.
+    """
+
+    def __init__(self, path: str | Path, generation: int | None) -> None:
+        self.folder = open_folder(path)
+        self.manifest = Manifest.read(self.folder, generation)
+        self._check_files()
+        self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
+        self._is_deleted = self._read_deleted()
+        parts = [
+            open_slots(stored, part.own_files, np.flatnonzero(deleted))
+            for part, stored, deleted in zip(
+                self.manifest.parts, self._stored, self._by_part(self._is_deleted), strict=True
+            )
+        ]
+        self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
+
+    @property
+    def path(self) -> Path | str:
+        """Its folder, or its URL."""
+        return self.folder.path if isinstance(self.folder, LocalFolder) else self.folder.address
+
+    @property
+    def name(self) -> str:
+        return self.folder.address.rpartition("/")[2].removesuffix(".index")
+
+    @property
+    def num_rows(self) -> int:
+        """Deleted ones included."""
+        return self.manifest.num_rows
+
+    @property
+    def num_examples(self) -> int:
+        return self.num_rows - int(self._is_deleted.sum())
+
+    @property
+    def num_skipped(self) -> int:
+        """How many of them had no finite loss or gradient and are in no answer."""
+        return sum(not self._is_deleted[row] for row in self._skipped_rows)
+
+    @property
+    def num_steps(self) -> int:
+        return self.manifest.plan.num_steps
+
+    @property
+    def width(self) -> int:
+        return self.manifest.plan.width
+
+    @property
+    def bits(self) -> int:
+        return self.config.bits
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.plan.fingerprint
+
+    @property
+    def config(self) -> SketchConfig:
+        return self.manifest.plan.config
+
+    @property
+    def loop(self) -> Loop:
+        return self.manifest.plan.loop
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self.manifest.plan.checkpoints
+
+    @property
+    def task_spec(self) -> str | None:
+        return self.manifest.plan.task_spec
+
+    @property
+    def task_arguments(self) -> dict[str, Any]:
+        return dict(self.manifest.plan.task_arguments)
+
+    @property
+    def generation(self) -> int:
+        return self.manifest.generation
+
+    @property
+    def created_at(self) -> str:
+        return self.manifest.created_at
+
+    @property
+    def steps_without_gradient(self) -> tuple[int, ...]:
+        return tuple(sorted(set.intersection(*(set(part.steps_without_gradient) for part in self.manifest.parts))))
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """How each parameter was sketched in the last part, and what it cost: the fields of `PlanEntry`."""
+        return [dict(entry) for entry in self.manifest.parts[-1].sketching]
+
+    @property
+    def slots(self) -> list[str]:
+        """What the rows of a sketch stand for: the steps from "0" on; with Loop(outside=True) "before" and "after"."""
+        if not self.loop.outside:
+            return [str(step) for step in range(self.num_steps)]
+        return [*(str(step) for step in range(self.num_steps - 2)), "before", "after"]
+
+    @property
+    def size_bytes(self) -> int:
+        """On disk, all files of this generation's parts."""
+        return sum(stored.size_bytes() for stored in self._stored)
+
+    @cached_property
+    def recall(self) -> dict[str, Any]:
+        """What the build measured of its FAISS indices against a reading of every code, of the worst part."""
+        measured = [json.loads(stored.folder.read(RECALL)) for stored in self._stored]
+        return min(measured, key=lambda each: min(each["by_slot"].values()))
+
+    @cached_property
+    def skipped(self) -> dict[str, str]:
+        """Ids of the skipped examples, and what is not finite of each."""
+        return {
+            self._ids[row].as_py(): reason for row, reason in self._skipped_rows.items() if not self._is_deleted[row]
+        }
+
+    @cached_property
+    def _skipped_rows(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for part, start in zip(self.manifest.parts, self._starts, strict=True):
+            table = self._table(f"{part.folder}/{SKIPPED}")
+            rows = (start + row for row in table["row"].to_pylist())
+            found |= dict(zip(rows, table["reason"].to_pylist(), strict=True))
+        return found
+
+    @property
+    def _starts(self) -> list[int]:
+        """The first row of each part."""
+        return np.cumsum([0, *(part.plan.num_examples for part in self.manifest.parts)])[:-1].tolist()
+
+    def _by_part(self, values: np.ndarray) -> list[np.ndarray]:
+        """Values of all rows, [N], part by part."""
+        return np.split(values, self._starts[1:])
+
+    def _read_deleted(self) -> np.ndarray:
+        is_deleted = np.zeros(self.num_rows, bool)
+        if self.manifest.deleted is not None:
+            is_deleted[self._table(self.manifest.deleted, ["row"])["row"].to_numpy()] = True
+        return is_deleted
+
+    def stored_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What the arrays of the store hold of these rows, by name; rows are the last dimension but that of codes."""
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        read = [stored.rows(rows[places == part] - self._starts[part]) for part, stored in enumerate(self._stored)]
+        order = np.argsort(np.argsort(places, kind="stable"), kind="stable")
+        return {
+            name: np.concatenate([part[name] for part in read], axis=axis).take(order, axis=axis)
+            for name, axis in ROW_AXES.items()
+        }
+
+    def sketches(self, rows: np.ndarray) -> np.ndarray:
+        """Sketches as their codes have them, float32 [n, S + 1, W]: of each step, then of the total.
+
+        Their inner products with a query's sketch are the influences that searches give.
+        """
+        slots = [*range(self.num_steps), None]
+        decoded = np.stack([self._slots[slot].rows(rows) for slot in slots], axis=1)
+        return rotate_back(torch.from_numpy(decoded), self.config.seed).numpy()
+
+    def live_rows(self) -> np.ndarray:
+        """Rows that are not deleted, int64, ascending."""
+        return np.flatnonzero(~self._is_deleted)
+
+    def changed_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+        """Names of those whose files are not the ones that the index was built from."""
+        built, now = self.manifest.plan.checkpoint_digests, checkpoint_digests(checkpoints)
+        return tuple(name for name, digest in now.items() if built.get(name, digest) != digest)
+
+    def mean_losses(self) -> np.ndarray:
+        """The mean loss of all rows, deleted ones included, at each checkpoint, [K]."""
+        counts = [part.plan.num_examples - part.num_skipped for part in self.manifest.parts]
+        return np.average([part.mean_losses for part in self.manifest.parts], axis=0, weights=counts)
+
+    def step_norms(self) -> np.ndarray:
+        """Norms of all sketches, float32 [S, N]."""
+        return np.stack([self._slots[step].norms for step in range(self.num_steps)])
+
+    def total_norms(self) -> np.ndarray:
+        """Norms of the sketches summed over steps, float32 [N]."""
+        return self._slots[None].norms
+
+    def example(self, row: int) -> Example:
+        """The example in this row."""
+        table = self.examples
+        metadata = table["metadata"][row].as_py() if "metadata" in table.column_names else {}
+        return Example(id=table["id"][row].as_py(), description=table["description"][row].as_py(), metadata=metadata)
+
+    def row_of(self, example_id: str) -> int:
+        """The row of an example.
+
+        Raises:
+            UnknownExampleError: the id is not in the index.
+        """
+        row = self._rows_by_id.get(example_id)
+        if row is not None and self._is_deleted[row]:
+            raise UnknownExampleError(f"example {example_id!r} was deleted from index {self.name}")
+        if row is None:
+            raise UnknownExampleError(
+                f"example {example_id!r} is not among the {self.num_examples} of index {self.name}; its ids look like "
+                f"{self.examples['id'][0].as_py()!r}"
+            )
+        if self.num_skipped and example_id in self.skipped:
+            raise UnknownExampleError(
+                f"example {example_id!r} was skipped when index {self.name} was built: its {self.skipped[example_id]}"
+            )
+        return row
+
+    def warm_up(self) -> None:
+        """Reads what exact searches read, or fetches it, so that the first is as fast as later ones."""
+        for stored in self._stored:
+            stored.read_ahead()
+        noise = np.random.default_rng(0).standard_normal((self.num_steps, self.width)).astype(np.float32)
+        for resolve in ("query_step", "train_step"):
+            self.search(noise, resolve=resolve)
+
+    def search(
+        self,
+        query_sketches: Any,
+        k: int = 10,
+        resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
+        *,
+        where: str | None = None,
+        exact: bool = True,
+    ) -> Any:
+        """The strongest proponents and opponents of each query, in total and at each step.
+
+        Args:
+            query_sketches: float32 [T, W] or [Q, T, W], as StepSketcher and ExampleSketcher give them.
+            k: examples of each sign, at least 1; fewer are returned where there are no more.
+            resolve: "query_step" (one answer for each step of the query), "train_step" (each step of the training
+                examples) or "same_step".
+            steps: only these; None: all.
+            where: a filter over the examples (filters.py), which the search is done within; None: all.
+            exact: whether every stored code is read, which finds the exact top k; False takes the candidates of the
+                FAISS indices, with the recall that `recall` gives.
+
+        Returns:
+            A Ranking, or a list of Q of them.
+
+        Raises:
+            FilterError: the filter can't be read, or does not fit the columns.
+            ValueError: the sketches' shape or values, k, resolve or steps; the text says which.
+        """
+        sketches, single = checked_sketches(query_sketches, self.width)
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        wanted = pairs(resolve, self.num_steps, sketches.shape[1])
+        chosen = chosen_steps(steps, len(wanted))
+        vectors = query_vectors(sketches, self.config.seed)
+        kept = None if where is None else matching_rows(self.examples, where)
+        asked = {Pair(None, TOTAL), *(wanted[step] for step in chosen)}
+        found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact)
+        rankings = [
+            Ranking(
+                total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
+                steps=tuple(self._influencers(step, *found[wanted[step]][query], k) for step in chosen),
+            )
+            for query in range(len(sketches))
+        ]
+        return rankings[0] if single else rankings
+
+    def trajectories(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+    ) -> np.ndarray:
+        """The influence of chosen examples on each query, step by step.
+
+        Args:
+            query_sketches: float32 [T, W] or [Q, T, W].
+            example_ids: n ids of indexed examples.
+            resolve: as in `search`, or "step_matrix" for every pair of a training step and a query step.
+
+        Returns:
+            float32 [Q, n, T] (train_step: [Q, n, S]); "step_matrix": [Q, n, S, T]. Over query_step it adds up to the
+            total influence.
+
+        Raises:
+            ValueError: as in `search`.
+            UnknownExampleError: an id is not in the index.
+        """
+        return self.trajectories_with_errors(query_sketches, example_ids, resolve)[0]
+
+    def standard_errors(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+    ) -> np.ndarray:
+        """The standard error of each number of `trajectories`, of the same shape."""
+        return self.trajectories_with_errors(query_sketches, example_ids, resolve)[1]
+
+    def trajectories_with_errors(
+        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`trajectories` and `standard_errors` at the cost of one of them."""
+        sketches, _ = checked_sketches(query_sketches, self.width)
+        rows = np.array([self.row_of(example_id) for example_id in example_ids], dtype=np.int64)
+        query_steps = sketches.shape[1]
+        if resolve == "step_matrix":
+            wanted = [Pair(slot, step) for slot in range(self.num_steps) for step in range(query_steps)]
+        else:
+            wanted = pairs(resolve, self.num_steps, query_steps)
+        vectors = query_vectors(sketches, self.config.seed)  # [Q, T + 1, W]
+        decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
+        influences = np.stack(
+            [inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2
+        )  # [Q, n, .]
+        norms = np.linalg.norm(vectors, axis=2)
+        errors = np.stack(
+            [
+                self._errors(influences[:, :, place], self._slots[pair.slot].norms_of(rows), norms[:, pair.query, None])
+                for place, pair in enumerate(wanted)
+            ],
+            axis=2,
+        )
+        if resolve == "step_matrix":
+            shape = (len(sketches), len(rows), self.num_steps, query_steps)
+            return influences.reshape(shape), errors.reshape(shape)
+        return influences, errors
+
+    def _search_pairs(
+        self, wanted: set[Pair], vectors: np.ndarray, k: int, *, kept: np.ndarray | None, exact: bool
+    ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
+        found = {}
+        for slot in {pair.slot for pair in wanted}:
+            mine = sorted(pair for pair in wanted if pair.slot == slot)
+            queries = np.concatenate([vectors[:, pair.query] for pair in mine])  # [pairs * Q, W]
+            ranked = self._slots[slot].search(queries, k, kept=kept, exact=exact)
+            norms = np.linalg.norm(queries, axis=1)
+            answers = [
+                (rows, scores, self._errors(scores, self._slots[slot].norms_of(rows), norm))
+                for (rows, scores), norm in zip(ranked, norms, strict=True)
+            ]
+            for place, pair in enumerate(mine):
+                found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
+        return found
+
+    def _influencers(
+        self, step: int | None, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int
+    ) -> Influencers:
+        best = np.flatnonzero(scores > 0)[:k]
+        worst = np.flatnonzero(scores < 0)
+        worst = worst[np.lexsort((rows[worst], scores[worst]))][:k]
+        proponents, opponents = (
+            Ranked(
+                example_ids=tuple(self.examples["id"].take(rows[own]).to_pylist()),
+                rows=rows[own],
+                influences=scores[own],
+                standard_errors=errors[own],
+            )
+            for own in (best, worst)
+        )
+        return Influencers(step=step, proponents=proponents, opponents=opponents)
+
+    def _errors(self, influences: np.ndarray, norms: np.ndarray, query_norms: Any) -> np.ndarray:
+        """sqrt((|x|^2 |q|^2 + <x, q>^2) / W), widened by the coding."""
+        scale = math.sqrt(variance_factor(self.bits) / self.width)
+        return (np.hypot(norms * query_norms, influences) * scale).astype(np.float32)
+
+    def _check_files(self) -> None:
+        files = self.manifest.all_files
+        for name, size in self.folder.sizes(files).items():
+            if size != files[name]["size_bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes, not {files[name]['size_bytes']}"
+                raise IndexDamagedError(f"index {self.folder} is damaged: {self.folder.at(name)} {state}; rebuild it")
+
+    @cached_property
+    def examples(self) -> Any:
+        """Ids, descriptions and metadata of all rows, a pyarrow table."""
+        names = [f"{part.folder}/{EXAMPLES}" for part in self.manifest.parts]
+        return pa.concat_tables(map(self._table, names)).combine_chunks()
+
+    def _table(self, name: str, columns: list[str] | None = None) -> Any:
+        with self.folder.local(name, lambda: self.manifest.all_files[name]["digest"]) as file:
+            return pyarrow.parquet.read_table(file, columns=columns)
+
+    @property
+    def _ids(self) -> Any:
+        return self.examples["id"]
+
+    @cached_property
+    def _rows_by_id(self) -> dict[str, int]:
+        """Of deleted rows too, unless a later one has the same id."""
+        return {example_id: row for row, example_id in enumerate(self._ids.to_pylist())}

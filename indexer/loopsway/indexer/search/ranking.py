@@ -1,0 +1,104 @@
+"""What a search answers, and which stored slot meets which of a query's sketches under each way to resolve.
+
+S steps, W width, n results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from ..config import Resolve
+
+TOTAL = -1  # the query's sketch summed over its steps, as the last row beside them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """An indexed example as its task named it.
+
+    Attributes:
+        id: unique in the index.
+        description: one line for people.
+        metadata: the task's columns.
+    """
+
+    id: str
+    description: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranked:
+    """Examples by the size of their influence, the strongest first; equal ones by row.
+
+    Attributes:
+        example_ids: n of them.
+        rows: int64 [n], their rows in the index.
+        influences: float32 [n].
+        standard_errors: float32 [n], of the sketch and its coding.
+    """
+
+    example_ids: tuple[str, ...]
+    rows: np.ndarray
+    influences: np.ndarray
+    standard_errors: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Influencers:
+    """The strongest examples at one step, or in the total.
+
+    Attributes:
+        step: of the query (QUERY_STEP, SAME_STEP) or of the training examples (TRAIN_STEP); None: the total.
+        proponents: influence > 0: a training step on them lowers the query's loss.
+        opponents: influence < 0.
+    """
+
+    step: int | None
+    proponents: Ranked
+    opponents: Ranked
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranking:
+    """The answer to one query: TracIn over all steps, and each step."""
+
+    total: Influencers
+    steps: tuple[Influencers, ...]
+
+
+class Pair(NamedTuple):
+    """An influence is the inner product of a stored slot (None: the total) and a query sketch (TOTAL: the sum)."""
+
+    slot: int | None
+    query: int
+
+
+def pairs(resolve: Resolve, num_steps: int, query_steps: int) -> list[Pair]:
+    """The pair behind each step's influence.
+
+    Args:
+        resolve: how influences are split over steps.
+        num_steps: of the index.
+        query_steps: of the query.
+
+    Raises:
+        ValueError: resolve is unknown, or SAME_STEP with two different numbers of steps.
+    """
+    match resolve:
+        case "query_step":
+            return [Pair(None, step) for step in range(query_steps)]
+        case "train_step":
+            return [Pair(step, TOTAL) for step in range(num_steps)]
+        case "same_step":
+            if num_steps != query_steps:
+                raise ValueError(
+                    f"same_step compares equal steps, but the index has {num_steps} and the query {query_steps}; use "
+                    "query_step or train_step, or run the query with the index's number"
+                )
+            return [Pair(step, step) for step in range(num_steps)]
+        case _:
+            raise ValueError(f"resolve is {resolve!r}, expected one of {', '.join(get_args(Resolve))}")

@@ -1,0 +1,1 @@
+"""From gradients to sketches, [B, S, W], and from sketches to codes."""
