@@ -20,4 +20,4 @@ def test_what_is_in_the_way_is_named(tiny_index: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     done = invoke(["export", tiny_index, "--out", tmp_path])
     assert done.exit_code == 1
-    assert done.stderr == f"Error: {tmp_path} holds something else, mine.txt for one; export to an empty folder\n"
+    assert done.stderr == f"Error: {tmp_path} holds something else, mine.txt for one; name an empty folder\n"

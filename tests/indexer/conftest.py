@@ -10,10 +10,10 @@ import pytest
 
 from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT
 from looped import LoopedTask
-from loopsway.indexer import Index, Ranking, SketchConfig, build_index
+from loopsway.indexer import Index, Ranking, SketchConfig, Task, build_index
 
 
-def build(path: Path, task: LoopedTask | None = None, config: SketchConfig = CONFIG, **arguments: Any) -> Index:
+def build(path: Path, task: Task | None = None, config: SketchConfig = CONFIG, **arguments: Any) -> Index:
     arguments = {"block_rows": BLOCK_ROWS, "batch_size": BATCH_SIZE, "progress": False, **arguments}
     return build_index(task or LoopedTask(count=COUNT), path, config, **arguments)
 

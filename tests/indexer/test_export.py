@@ -97,9 +97,9 @@ def test_an_export_that_was_cut_goes_on_and_another_is_refused(
     assert export_index(index.path, out, progress=False) == names
     assert {name: (out / name).read_bytes() for name in names} == whole
     assert (out / names[0]).stat().st_mtime_ns == kept, "what was there is not written again"
-    with pytest.raises(FileExistsError, match="holds an export of something else"):
+    with pytest.raises(FileExistsError, match="holds the output of another job"):
         export_index(index.path, out, format="safetensors", progress=False)
-    with pytest.raises(FileExistsError, match=r"holds something else, .* for one; export to an empty folder"):
+    with pytest.raises(FileExistsError, match=r"holds something else, .* for one; name an empty folder"):
         export_index(index.path, index.path, progress=False)
     with pytest.raises(ValueError, match="format is 'csv', expected one of parquet, safetensors"):
         export_index(index.path, tmp_path / "b", format="csv", progress=False)  # pyright: ignore[reportArgumentType]

@@ -220,17 +220,18 @@ def test_a_deleted_id_can_be_added_again(grown: Path) -> None:
     index.trajectories(queries(), ["train/7"])
 
 
-def test_compacting_keeps_every_answer_and_every_byte_of_what_stays(whole_index: Path, grown: Path) -> None:
+def test_compacting_keeps_every_answer_and_every_byte_of_what_stays(grown: Path) -> None:
     gone = {"train/3", "train/40", "train/26"}
     delete_examples(grown, ids=sorted(gone))
-    before = answers(open_index(grown), COUNT)
+    whole = open_index(grown)
+    before, kept = answers(whole, COUNT), [row for row in range(COUNT) if f"train/{row}" not in gone]
+    stored = whole.stored_rows(np.array(kept))
     index = compact_index(grown, progress=False)
     assert (index.num_examples, index.num_rows, len(index.manifest.parts)) == (47, 47, 1)
     assert answers(index, COUNT) == before
     assert verify_index(grown, progress=False) == []
-    whole, kept = open_index(whole_index), [row for row in range(COUNT) if f"train/{row}" not in gone]
     for name, values in index.stored_rows(np.arange(47)).items():
-        np.testing.assert_array_equal(values, whole.stored_rows(np.array(kept))[name], err_msg=name)
+        np.testing.assert_array_equal(values, stored[name], err_msg=name)
     assert compact_index(grown, progress=False).generation == index.generation, "there was nothing to compact"
 
 

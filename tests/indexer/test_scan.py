@@ -13,6 +13,7 @@ from loopsway.indexer import SketchConfig, delete_examples, open_index
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search import scan
 from loopsway.indexer.search.filters import FilterError, matching_rows
+from loopsway.indexer.search.products import TILE_QUERIES, exact_products
 from loopsway.indexer.sketches.coding import decode, encode
 
 from .conftest import answered, build
@@ -77,16 +78,28 @@ def test_limits_are_no_wider_than_they_need_be() -> None:
     assert (tenth > largest.limits).mean() > 0.7
 
 
-def test_sign_products_are_those_of_float64() -> None:
-    rows, decoded = rows_of(1, 1024)
+@pytest.mark.parametrize("bits", BITS)
+def test_exact_products_are_those_of_float64(bits: int) -> None:
+    rows, decoded = rows_of(bits, 1024)
     rng = np.random.default_rng(4)
-    for query in (rng.standard_normal(1024), np.zeros(1024), 1e-20 * rng.standard_normal(1024), np.eye(1024)[7]):
-        query = query.astype(np.float32)
-        for block, own in enumerate(rows.blocks):
-            products = scan.sign_products(rows.codes(block), query)
-            want = np.where(decoded[own.start : own.stop] < 0, -1, 1) @ query.astype(np.float64)
-            live = rows.factors[own.start : own.stop] > 0
-            np.testing.assert_allclose(products[live], want[live], atol=1e-6 * np.abs(query).sum() + 1e-300)
+    some = rng.standard_normal((TILE_QUERIES + 3, 1024))
+    queries = np.concatenate([some, np.zeros((1, 1024)), 1e-20 * some[:2], np.eye(1024)[:3]]).astype(np.float32)
+    products = exact_products(queries, bits)
+    for block, own in enumerate(rows.blocks):
+        scores = products(rows.codes(block)) * rows.factors[own.start : own.stop, None]
+        want = decoded[own.start : own.stop] @ queries.T.astype(np.float64)
+        scale = np.abs(decoded[own.start : own.stop]).max(1)[:, None] * np.abs(queries).sum(1)
+        assert (np.abs(scores - want) <= 1e-6 * scale).all()
+
+
+def test_equal_sign_codes_have_equal_products_whatever_is_beside_them() -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(256, size=(1500, 128), dtype=np.uint8)
+    codes[1203] = codes[4]
+    queries = rng.standard_normal((40, 1024)).astype(np.float32)
+    products = exact_products(queries, 1)(codes)
+    np.testing.assert_array_equal(products[1203], products[4])
+    np.testing.assert_array_equal(exact_products(queries[7:8], 1)(codes[4:5])[0], products[4, 7:8])
 
 
 def queries(count: int = 6) -> np.ndarray:

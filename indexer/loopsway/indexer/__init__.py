@@ -1,7 +1,7 @@
 """Step-resolved data attribution: from a task's checkpoints and examples to an index that can be searched.
 
 The data's way: Task -> capture (activations and output gradients, by step) -> sketch -> features [B, S, W] -> store
-(Zarr blocks) -> search (a scan, FAISS) -> index. Nothing here knows gRPC.
+(Zarr blocks) -> search (a scan, FAISS) -> index -> curation. Nothing here knows gRPC.
 """
 
 from .building.blocks import NonFiniteExampleError
@@ -10,9 +10,16 @@ from .building.editing import compact_index, delete_examples, prune_index
 from .building.export import export_index
 from .building.verification import Damage, verify_index
 from .config import Checkpoint, Loop, SketchConfig
+from .curation.duplicates import find_duplicates
+from .curation.energy import Estimate, StepEnergies, step_energies
+from .curation.neighbors import Neighbors, find_neighbors
+from .curation.query_set import ExampleQueries, QuerySet, SketchedQueries
+from .curation.scoring import score_examples
+from .curation.self_influence import score_self_influence, self_influences
 from .search.filters import FilterError
 from .search.index import Index, UnknownExampleError, open_index
-from .search.ranking import Example, Influencers, Ranked, Ranking
+from .search.model import LoadError, load_sketcher
+from .search.ranking import Example, Influencers, Ranked, Ranking, Scores
 from .sketches.features import ExampleSketcher
 from .sketches.plan import PlanEntry
 from .sketches.sketcher import StepSketcher
@@ -25,7 +32,9 @@ from .task import Task, TaskError, is_shipped, load_task
 __all__ = [
     "Checkpoint",
     "Damage",
+    "Estimate",
     "Example",
+    "ExampleQueries",
     "ExampleSketcher",
     "FilterError",
     "Index",
@@ -34,12 +43,18 @@ __all__ = [
     "IndexLockedError",
     "IndexNotFoundError",
     "Influencers",
+    "LoadError",
     "Loop",
+    "Neighbors",
     "NonFiniteExampleError",
     "PlanEntry",
+    "QuerySet",
     "Ranked",
     "Ranking",
+    "Scores",
     "SketchConfig",
+    "SketchedQueries",
+    "StepEnergies",
     "StepSketcher",
     "StoppedError",
     "StorageError",
@@ -51,9 +66,16 @@ __all__ = [
     "compact_index",
     "delete_examples",
     "export_index",
+    "find_duplicates",
+    "find_neighbors",
     "is_shipped",
+    "load_sketcher",
     "load_task",
     "open_index",
     "prune_index",
+    "score_examples",
+    "score_self_influence",
+    "self_influences",
+    "step_energies",
     "verify_index",
 ]

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from loopsway.indexer import LoadError
+
 from .engine import Engine
-from .loading import LoadError, load_engine
+from .loading import load_engine
 from .server import Server, create_server, serve
 from .settings import Settings
 

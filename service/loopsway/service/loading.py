@@ -1,8 +1,4 @@
-"""From an index on disk to an engine that answers: which task's code may run, and whether its model fits the index.
-
-An index is data, and may come from anybody. The task that its manifest names runs by itself only when it is one of
-Loopsway's own; any other is named by whoever starts the server.
-"""
+"""From an index on disk to an engine that answers, with or without its model."""
 
 from __future__ import annotations
 
@@ -10,15 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loopsway.indexer import ExampleSketcher, Index, is_shipped, load_task, open_index
+from loopsway.indexer import LoadError, load_sketcher, open_index
 
 from .engine import Engine
 from .model import QueryModel
 from .settings import Settings
-
-
-class LoadError(ValueError):
-    """An index can't be served with this task; the text says what can."""
 
 
 def load_engine(
@@ -51,32 +43,8 @@ def load_engine(
         if task_spec is not None:
             raise LoadError(f"a task ({task_spec}) was given for an index to be served without its model; drop one")
         return Engine(index, settings=settings)
-    spec = _allowed_spec(index, task_spec)
-    task = load_task(spec, index.task_arguments if task_arguments is None else task_arguments)
-    sketcher = ExampleSketcher(task, index.config, device=device)
-    if sketcher.fingerprint != index.fingerprint:
-        raise LoadError(
-            f"task {spec} makes sketches of fingerprint {sketcher.fingerprint}, index {index.path} holds "
-            f"{index.fingerprint}: the task has other checkpoints, learning rates or loop parameters than the index "
-            "was built from. Serve the task it was built from, rebuild the index, or use --no-model"
-        )
-    if changed := index.changed_checkpoints(sketcher.checkpoints):
-        raise LoadError(
-            f"the weights of checkpoint {', '.join(changed)} of task {spec} are not those that index {index.path} was "
-            "built from: serve the task with its old files, rebuild the index, or use --no-model"
-        )
+    try:
+        task, sketcher = load_sketcher(index, task_spec, task_arguments, device=device)
+    except LoadError as error:
+        raise LoadError(f"{error}. To serve sketches alone, without the task, give --no-model") from error
     return Engine(index, QueryModel(task, sketcher, index, batch_size=settings.batch_size), settings=settings)
-
-
-def _allowed_spec(index: Index, task_spec: str | None) -> str:
-    if task_spec is not None:
-        return task_spec
-    named = index.task_spec
-    if named is None:
-        raise LoadError(f"index {index.path} names no task: give --task path/to/file.py:Class, or --no-model")
-    if not is_shipped(named):
-        raise LoadError(
-            f"index {index.path} names the task {named}, which is not one of Loopsway's own: its code only runs when "
-            f"you name it, with --task {named}. To serve without it, give --no-model"
-        )
-    return named

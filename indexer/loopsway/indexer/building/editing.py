@@ -24,9 +24,10 @@ from ..store.folders import Folder, clear_storage_errors
 from ..store.generation import CodedExamples, Generation
 from ..store.lock import writer_lock
 from ..store.manifest import PLAN, Manifest, Plan, history_file
+from ..store.output import write_table
 from ..store.parts import kept_parts, new_part_name, part_names, remove_partial_files, unfinished_part
 from ..store.sealed import read_sealed, write_sealed
-from .publication import finished_part, publish, write_table
+from .publication import finished_part, publish
 
 DELETED = "deleted.parquet"
 

@@ -21,13 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet
 from safetensors.numpy import save_file
 
-from ..progress import BuildProgress
 from ..search.index import EXAMPLES, Index, open_index
-from ..stopping import stop_on_signals
 from ..store.addresses import open_folder
 from ..store.files import json_bytes
 from ..store.folders import Folder, clear_storage_errors
-from .publication import write_table
+from ..store.output import begin_output, fill, write_table
 
 ExportFormat = Literal["parquet", "safetensors"]
 
@@ -59,36 +57,20 @@ def export_index(
     if format not in _WRITERS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(_WRITERS)}")
     index, folder = open_index(path), open_folder(out)
-    rows = np.setdiff1d(index.live_rows(), [index.row_of(each) for each in index.skipped])
+    rows = index.sketched_rows()
     together = max(1, SHARD_BYTES // (4 * index.width * (index.num_steps + 1)))
     shards = [rows[start : start + together] for start in range(0, len(rows), together)]
     names = tuple(f"sketches-{shard:05d}.{format}" for shard in range(len(shards)))
     description = json_bytes(_description(index, len(rows), names))
     with clear_storage_errors(folder):
-        _begin(folder, description)
-        examples = index.examples.take(pa.array(rows))
-        write_table(folder, EXAMPLES, examples)
-        sizes = folder.sizes(names)
-        missing = [(name, shard) for name, shard in zip(names, shards, strict=True) if sizes[name] is None]
-        with BuildProgress(shown=progress) as bars, stop_on_signals(bars.announce_stop) as stop:
-            bars.begin("exporting examples", len(rows), done=len(rows) - sum(len(shard) for _, shard in missing))
-            for name, shard in missing:
-                _write(folder, name, index, shard, _WRITERS[format])
-                bars.advance(len(shard))
-                stop.raise_if_asked(f"stopped as asked: {folder} is not whole; run the same command to go on")
+        begin_output(folder, DESCRIPTION, description)
+        write_table(folder, EXAMPLES, index.examples.take(pa.array(rows)))
+
+    def write(name: str, shard: np.ndarray) -> None:
+        _write(folder, name, index, shard, _WRITERS[format])
+
+    fill(folder, dict(zip(names, shards, strict=True)), write, doing="exporting examples", progress=progress)
     return names
-
-
-def _begin(folder: Folder, description: bytes) -> None:
-    files = folder.files()
-    begun = folder.read(DESCRIPTION) if DESCRIPTION in files else None
-    if begun is None and files:
-        raise FileExistsError(f"{folder} holds something else, {files[0]} for one; export to an empty folder")
-    if begun is not None and begun != description:
-        raise FileExistsError(
-            f"{folder} holds an export of something else ({DESCRIPTION} says what); export to an empty folder"
-        )
-    folder.write(DESCRIPTION, description)
 
 
 def _description(index: Index, num_examples: int, names: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
 from ..progress import BuildProgress
 from ..search.index import EXAMPLES, RECALL, SKIPPED
@@ -19,6 +18,7 @@ from ..store.files import json_bytes
 from ..store.folders import FileFacts, Folder, facts_of
 from ..store.generation import ARRAYS, ROW_AXES, Generation, Skipped
 from ..store.manifest import Manifest, Part
+from ..store.output import write_table
 from ..store.row_table import ROWS, write_row_table
 
 RECALL_QUERIES, RECALL_K = 16, 10
@@ -82,11 +82,6 @@ def finished_part(
         sketching=tuple(sketching),
         files={f"{name}/{file}": facts for file, facts in files.items()},
     )
-
-
-def write_table(folder: Folder, name: str, table: pa.Table) -> FileFacts:
-    """Writes a table as Parquet; gives the file's size and digest."""
-    return folder.write_file(name, lambda file: pyarrow.parquet.write_table(table, file))
 
 
 def publish(

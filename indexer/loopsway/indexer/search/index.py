@@ -8,7 +8,6 @@ This file knows no model: a query comes as sketches. An open index keeps the gen
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ import pyarrow.parquet
 import torch
 
 from ..config import Checkpoint, Loop, Resolve, SketchConfig
-from ..sketches.coding import rotate_back, variance_factor
+from ..sketches.coding import rotate_back, standard_errors
 from ..store.addresses import open_folder
 from ..store.folders import IndexDamagedError, LocalFolder
 from ..store.generation import ROW_AXES, Generation
@@ -28,7 +27,7 @@ from ..store.manifest import Manifest, checkpoint_digests
 from .filters import matching_rows
 from .joined import JoinedSlot
 from .queries import checked_sketches, chosen_steps, query_vectors
-from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, pairs
+from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, Scores, pairs
 from .slot import inner_products, open_slots
 
 EXAMPLES, SKIPPED, RECALL = "examples.parquet", "skipped.parquet", "recall.json"
@@ -228,6 +227,10 @@ class Index:
         """Rows that are not deleted, int64, ascending."""
         return np.flatnonzero(~self._is_deleted)
 
+    def sketched_rows(self) -> np.ndarray:
+        """Rows that are neither deleted nor skipped, int64, ascending."""
+        return np.setdiff1d(self.live_rows(), list(self._skipped_rows))
+
     def changed_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         """Names of those whose files are not the ones that the index was built from."""
         built, now = self.manifest.plan.checkpoint_digests, checkpoint_digests(checkpoints)
@@ -237,6 +240,26 @@ class Index:
         """The mean loss of all rows, deleted ones included, at each checkpoint, [K]."""
         counts = [part.plan.num_examples - part.num_skipped for part in self.manifest.parts]
         return np.average([part.mean_losses for part in self.manifest.parts], axis=0, weights=counts)
+
+    def blocks(self) -> list[range]:
+        """Rows that lie together, block by block: all of them, deleted ones included."""
+        return [
+            range(start + rows.start, start + rows.stop)
+            for part, start in zip(self.manifest.parts, self._starts, strict=True)
+            for rows in map(part.plan.rows_of, range(part.plan.num_blocks))
+        ]
+
+    def codes(self, step: int | None, rows: np.ndarray) -> np.ndarray:
+        """Codes of these rows at a step, or of their totals, [n, L]."""
+        return self._slots[step].codes(rows)
+
+    def decoded(self, step: int | None, rows: np.ndarray) -> np.ndarray:
+        """What these rows' codes stand for, rotated, float32 [n, W]."""
+        return self._slots[step].rows(rows)
+
+    def norms(self, step: int | None) -> np.ndarray:
+        """Norms of all sketches at a step, or of their totals, float32 [N]."""
+        return self._slots[step].norms
 
     def step_norms(self) -> np.ndarray:
         """Norms of all sketches, float32 [S, N]."""
@@ -326,6 +349,35 @@ class Index:
             for query in range(len(sketches))
         ]
         return rankings[0] if single else rankings
+
+    def scores(self, query_sketches: Any, resolve: Resolve = "query_step", *, where: str | None = None) -> Scores:
+        """The influence of every example, in total and at each step; it takes 8 (S + 1) Q n bytes.
+
+        Args:
+            query_sketches: float32 [T, W] or [Q, T, W].
+            resolve: as in `search`.
+            where: as in `search`.
+
+        Raises:
+            FilterError, ValueError: as `search`.
+        """
+        sketches, _ = checked_sketches(query_sketches, self.width)
+        steps = pairs(resolve, self.num_steps, sketches.shape[1])
+        wanted = [Pair(None, TOTAL), *steps]
+        vectors = query_vectors(sketches, self.config.seed)
+        rows = self.sketched_rows()
+        if where is not None:
+            rows = rows[matching_rows(self.examples, where)[rows]]
+        influences = np.empty((len(sketches), len(wanted), len(rows)), np.float32)
+        errors = np.empty_like(influences)
+        for slot in {pair.slot for pair in wanted}:
+            mine = [place for place, pair in enumerate(wanted) if pair.slot == slot]
+            queries = vectors[:, [wanted[place].query for place in mine]]  # [Q, pairs, W]
+            scores = self._slots[slot].scores(queries.reshape(-1, self.width))[:, rows]
+            influences[:, mine] = scores.reshape(len(sketches), len(mine), -1)
+            norms = np.linalg.norm(queries, axis=2)[:, :, None]
+            errors[:, mine] = self._errors(influences[:, mine], self._slots[slot].norms_of(rows), norms)
+        return Scores(rows=rows, steps=(None, *range(len(steps))), influences=influences, standard_errors=errors)
 
     def trajectories(
         self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
@@ -418,9 +470,7 @@ class Index:
         return Influencers(step=step, proponents=proponents, opponents=opponents)
 
     def _errors(self, influences: np.ndarray, norms: np.ndarray, query_norms: Any) -> np.ndarray:
-        """sqrt((|x|^2 |q|^2 + <x, q>^2) / W), widened by the coding."""
-        scale = math.sqrt(variance_factor(self.bits) / self.width)
-        return (np.hypot(norms * query_norms, influences) * scale).astype(np.float32)
+        return standard_errors(influences, norms, query_norms, width=self.width, bits=self.bits)
 
     def _check_files(self) -> None:
         files = self.manifest.all_files

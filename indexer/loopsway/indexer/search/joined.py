@@ -36,13 +36,17 @@ class JoinedSlot:
         """Decoded rows, float32 [n, W]."""
         return self._gathered(rows, lambda slot, own: slot.rows(own))
 
+    def codes(self, rows: np.ndarray) -> np.ndarray:
+        """Codes of these rows, [n, L]."""
+        return self._gathered(rows, lambda slot, own: slot.codes(own))
+
     def _gathered(self, rows: np.ndarray, read: Callable[[Slot, np.ndarray], np.ndarray]) -> np.ndarray:
         """What is read of rows, part by part, in their order."""
         if len(self._slots) == 1:
             return read(self._slots[0], rows)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         values = [read(slot, rows[parts == part] - self._starts[part]) for part, slot in enumerate(self._slots)]
-        out = np.empty((len(rows), *values[0].shape[1:]), np.float32)
+        out = np.empty((len(rows), *values[0].shape[1:]), values[0].dtype)
         for part, own in enumerate(values):
             out[parts == part] = own
         return out
@@ -56,6 +60,10 @@ class JoinedSlot:
         if len(found) == 1:
             return found[0]
         return [self._merged([answers[query] for answers in found]) for query in range(len(queries))]
+
+    def scores(self, queries: np.ndarray) -> np.ndarray:
+        """As `Slot.scores`, over all parts."""
+        return np.concatenate([slot.scores(queries) for slot in self._slots], axis=1)
 
     def _merged(self, answers: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         starts = self._starts[:-1]

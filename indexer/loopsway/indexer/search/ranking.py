@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import Resolve
 
+SIGNIFICANT = 2.0  # standard errors
 TOTAL = -1  # the query's sketch summed over its steps, as the last row beside them
 
 
@@ -46,6 +47,11 @@ class Ranked:
     influences: np.ndarray
     standard_errors: np.ndarray
 
+    @property
+    def significant(self) -> np.ndarray:
+        """Bool [n]: whether the influence lies beyond two standard errors of zero."""
+        return is_significant(self.influences, self.standard_errors)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Influencers:
@@ -68,6 +74,23 @@ class Ranking:
 
     total: Influencers
     steps: tuple[Influencers, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """Every example's influence on each of Q queries.
+
+    Attributes:
+        rows: int64 [n], of the examples in the index.
+        steps: S + 1 of them: None, the total, and then steps as in `Influencers`.
+        influences: float32 [Q, S + 1, n].
+        standard_errors: float32 [Q, S + 1, n].
+    """
+
+    rows: np.ndarray
+    steps: tuple[int | None, ...]
+    influences: np.ndarray
+    standard_errors: np.ndarray
 
 
 class Pair(NamedTuple):
@@ -102,3 +125,8 @@ def pairs(resolve: Resolve, num_steps: int, query_steps: int) -> list[Pair]:
             return [Pair(step, step) for step in range(num_steps)]
         case _:
             raise ValueError(f"resolve is {resolve!r}, expected one of {', '.join(get_args(Resolve))}")
+
+
+def is_significant(influences: np.ndarray, standard_errors: np.ndarray) -> np.ndarray:
+    """Whether each influence lies beyond two of its standard errors of zero."""
+    return np.abs(influences) > SIGNIFICANT * standard_errors

@@ -25,7 +25,7 @@ import numkong
 import numpy as np
 import torch
 
-PLANES, FINE_PLANES = 8, 24  # of a query that meets sign bits, in a scan and exactly
+PLANES = 8  # of a query that meets sign bits
 DEVIATIONS = 6.0
 ROUNDING = 1e-5  # of |query| |row|: what float32 sums of W products lose
 WAITING = 1 << 20  # bounds of either sign, before the best of them are taken
@@ -175,21 +175,7 @@ def _candidates(values: np.ndarray, rows: np.ndarray, peaks: np.ndarray, count: 
     return Candidates(rows=rows[:, :found], limits=limits)
 
 
-def sign_products(codes: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """<query, codes> of sign bits [n, L], float64 [n]: the query in so many planes that float32 holds no more.
-
-    The sums are of whole numbers: equal codes have equal products, whatever is beside them, and zeros give zero.
-    """
-    peak, half = float(np.abs(query).max()) or 1.0, 1 << (FINE_PLANES - 1)
-    cells = np.rint(query.astype(np.float64) / peak * (half - 1)).astype(np.int64) + half
-    ones = np.ones_like(cells)  # levels are odd; with these taken off, they are 2 (cell - half)
-    packed = numkong.hammings_pack(np.concatenate([_planes(cells[None], FINE_PLANES), _planes(ones[None], 1)]))
-    differing = np.asarray(numkong.hammings_packed(codes, packed)).astype(np.float64)
-    weights = np.append(2.0 ** np.arange(FINE_PLANES), -1)
-    return (weights.sum() * len(query) - 2 * (differing @ weights)) * (peak / (2 * (half - 1)))
-
-
-def _planes(cells: np.ndarray, count: int) -> np.ndarray:
+def bit_planes(cells: np.ndarray, count: int) -> np.ndarray:
     """Packed bits [M * count, W] of cells [M, W], the lowest first.
 
     A cell stands for 2 cell - 2^count + 1 = sum_j 2^j s_j of signs s_j, and <s_j, c> of sign codes is
@@ -202,7 +188,7 @@ def _planes(cells: np.ndarray, count: int) -> np.ndarray:
 def _as_planes(unit: np.ndarray, _: int) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     (count, width), top = unit.shape, (1 << PLANES) - 1
     cells = np.clip(np.floor(unit * (top / 2)) + (top + 1) // 2, 0, top).astype(np.int32)
-    packed, weights = numkong.hammings_pack(_planes(cells, PLANES)), 2 ** np.arange(PLANES, dtype=np.float32)
+    packed, weights = numkong.hammings_pack(bit_planes(cells, PLANES)), 2 ** np.arange(PLANES, dtype=np.float32)
 
     def products(codes: np.ndarray) -> np.ndarray:
         differing = np.asarray(numkong.hammings_packed(codes, packed)).astype(np.float32)  # sums are exact

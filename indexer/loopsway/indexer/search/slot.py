@@ -26,14 +26,14 @@ from ..sketches.coding import decode, variance_factor
 from ..store.folders import FileFacts, IndexDamagedError
 from ..store.generation import Generation
 from ..store.row_table import open_row_table
-from .scan import Rows, code_queries, in_threads, scan, sign_products
+from .products import exact_products
+from .scan import Rows, code_queries, in_threads, scan
 
 FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32  # of FAISS's
 SCAN_EXTRA, WIDENING = 16, 8  # candidates of a scan beyond k; more, times this, while one left out could be better
 SCAN_QUERIES = 64  # in one pass over the codes
-DECODED_BYTES = 1 << 20  # of candidates that are decoded at once: they stay in the cache, and in the same memory
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
@@ -75,9 +75,13 @@ class Slot:
         step = "total" if self.step is None else f"step-{self.step:04d}"
         return f"{FAISS_FOLDER}/{step}-{shard:02d}.faiss"
 
+    def codes(self, rows: np.ndarray) -> np.ndarray:
+        """Codes of these rows, [n, L]."""
+        return self._generation.codes(self.step, rows)
+
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Decoded rows, float32 [n, W]."""
-        return decode(self._generation.codes(self.step, rows), self.factors[rows], self._bits)
+        return decode(self.codes(rows), self.factors[rows], self._bits)
 
     def blocks(self, rows: range | None = None) -> Iterator[np.ndarray]:
         """All decoded rows in order, or those of one shard, a block at a time, float32 [n, W]."""
@@ -219,15 +223,23 @@ class Slot:
     def _ranked(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of rows and a query: the rows and their scores, the largest first; equal ones by row."""
         rows, query = asked
-        if self._bits == 1:
-            products = sign_products(self._generation.codes(self.step, rows), query)
-            scores = (products * self.factors[rows]).astype(np.float32)
-        else:
-            together = max(1, DECODED_BYTES // (8 * len(query)))
-            parts = (rows[start : start + together] for start in range(0, len(rows), together))
-            scores = np.concatenate([inner_products(query[None], self.rows(part))[0] for part in parts])
+        products = exact_products(query[None], self._bits)(self.codes(rows))[:, 0]
+        scores = (products * self.factors[rows]).astype(np.float32)
         order = np.lexsort((rows, -scores))
         return rows[order], scores[order]
+
+    def scores(self, queries: np.ndarray) -> np.ndarray:
+        """Estimated inner products of all rows with rotated queries [M, W]; float32 [M, N], as `search` scores them."""
+        plan, products = self._generation.plan, exact_products(queries, self._bits)
+        out = np.empty((len(queries), plan.num_examples), np.float32)
+
+        def fill(block: int) -> None:
+            own = slice(plan.rows_of(block).start, plan.rows_of(block).stop)
+            codes = self._generation.mapped_codes(self.step, block)
+            out[:, own] = products(codes).T * self.factors[own]
+
+        in_threads(fill, range(plan.num_blocks))
+        return out
 
     def exact_search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Scores of the k best rows of each query by reading every code: the oracle of `search`; [M, k]."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,20 @@ def code_shape(width: int, bits: int) -> tuple[int, np.dtype]:
 def variance_factor(bits: int) -> float:
     """How much coding with these bits widens the variance of an estimate, against the float32 sketch."""
     return math.pi / 2 if bits == 1 else _uniform_variance_factor(bits)
+
+
+def standard_errors(influences: Any, norms: Any, query_norms: Any, *, width: int, bits: int) -> np.ndarray:
+    """Of estimates <x, q> of coded sketches x, from the norms of both; arrays that broadcast, float32.
+
+    Sketching has variance (|x|^2 |q|^2 + <x, q>^2) / W (hashes.py), and coding adds its factor's excess over 1 times
+    (|x|^2 |q|^2 - <x, q>^2) / W: an estimate is exact along x itself.
+    """
+    squares, along = (
+        np.square(np.multiply(norms, query_norms, dtype=np.float64)),
+        np.square(influences, dtype=np.float64),
+    )
+    across = np.maximum(squares - along, 0)
+    return np.sqrt((squares + along + (variance_factor(bits) - 1) * across) / width).astype(np.float32)
 
 
 @lru_cache
