@@ -209,7 +209,11 @@ def test_a_gpu_without_memory_for_a_slot_scans_it_block_by_block(caplog: pytest.
 
 @needs_cuda
 @pytest.mark.parametrize("bits", BITS)
-def test_limits_hold_with_tf32(bits: int) -> None:
+@pytest.mark.parametrize("short_sums", [False, True])
+def test_limits_hold_whatever_precision_a_program_asks_for(
+    bits: int, short_sums: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", short_sums)
     rows, decoded = rows_of(bits, 1024)
     queries, precision = draw(8, 1024), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

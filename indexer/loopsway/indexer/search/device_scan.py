@@ -170,9 +170,9 @@ class _Tiles:
         products = _products(self._queries, values.view(len(own), -1))
         bounds = torch.cat([products + self._slack, self._slack - products])
         bounds *= self._factors[own.start : own.stop]
-        return (
-            bounds if self._left_out is None else bounds.masked_fill_(self._left_out[own.start : own.stop], -math.inf)
-        )
+        if self._left_out is not None:
+            bounds.masked_fill_(self._left_out[own.start : own.stop], -math.inf)
+        return bounds
 
 
 def device_scan(device: str, budget_bytes: int | None = None) -> DeviceScan | None:
@@ -200,9 +200,10 @@ def _rounding(width: int, bits: int) -> float:
 
 
 def _multiplied(device: torch.device, bits: int) -> torch.dtype:
-    """The type of products: float16 where their sums can stay float32."""
-    halves = device.type == "cuda" and torch.version.cuda is not None and torch.__version__ >= "2.8"
-    return torch.float16 if halves and bits <= 16 else torch.float32
+    """The type of products: float16 where their sums can be float32, and the program has not asked for others."""
+    if bits > 16 or device.type != "cuda" or torch.version.cuda is None or torch.__version__ < "2.8":
+        return torch.float32
+    return torch.float32 if torch.backends.cuda.matmul.allow_fp16_accumulation else torch.float16
 
 
 def _products(queries: Tensor, rows: Tensor) -> Tensor:

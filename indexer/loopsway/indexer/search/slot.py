@@ -2,11 +2,11 @@
 
 N rows, M queries, W width, k results of each sign.
 
-By default every code is read (scan.py). The FAISS indices of a slot, for other tools and for approximate search, hold
-the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes (whose scores then equal a
-reading of the codes), a scalar quantizer or flat vectors for the others. Whatever finds candidates, they are scored
-again with the codes and the float32 query. A slot has a FAISS index, and a file, for each *shard* of its rows, so that
-building one takes bounded memory.
+By default every code is read (scan.py, or device_scan.py). The FAISS indices of a slot, for other tools and for
+approximate search, hold the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes (whose
+scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Whatever finds candidates,
+they are scored again with the codes and the float32 query. A slot has a FAISS index, and a file, for each *shard* of
+its rows, so that building one takes bounded memory.
 
 This is the only file that imports faiss.
 """
