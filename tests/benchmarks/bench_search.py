@@ -1,10 +1,11 @@
 """What searching costs: scans of stored codes beside FAISS, numpy and torch on the same rows, and the limits.
 
-    python tests/benchmarks/bench_search.py [--threads 2] [--smoke]
+    python tests/benchmarks/bench_search.py [--threads 2] [--device cuda] [--smoke]
 
 Rows are Gaussian sketches, coded. Times are of the k = 10 best rows of both signs (FAISS, numpy, torch: of one sign),
 medians of several in turns, milliseconds of the wall: quiet machine needed. The limit of one query is reading the codes
-once, measured in the same turns; that of a batch is torch's float32 product with rows that lie decoded in memory.
+once, measured in the same turns; that of a batch is torch's float32 product with rows that lie decoded in memory. With
+--device, "ours" scans there; what it is compared with stays on the processor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bench_store import synthetic_plan
 from measurement import markdown_table, median_seconds, parse_arguments
 
 from loopsway.indexer.config import SketchConfig
+from loopsway.indexer.search.device_scan import device_scan
 from loopsway.indexer.search.slot import Slot, open_slots
 from loopsway.indexer.sketches.coding import code_examples
 from loopsway.indexer.store.folders import LocalFolder
@@ -34,7 +36,7 @@ BATCHES = (1, 17, 64)  # 17: a query's 16 steps and their total, which QUERY_STE
 COUNT, GROWTH, SMOKE_COUNT = 100_000, (10_000, 100_000, 400_000), 300
 
 
-def stored_slot(folder: Path, count: int, width: int, bits: int) -> Slot:
+def stored_slot(folder: Path, count: int, width: int, bits: int, device: str) -> Slot:
     """The total of a synthetic part of one step, as a build stores it."""
     plan = Plan.from_dict(
         synthetic_plan(count, width).to_dict()
@@ -47,7 +49,7 @@ def stored_slot(folder: Path, count: int, width: int, bits: int) -> Slot:
         steps, total = code_examples(rows, seed=0, bits=bits)
         losses = np.zeros((len(plan.checkpoints), len(rows)), np.float32)
         generation.write(block, CodedExamples(steps=steps, total=total, losses=losses, steps_without_gradient=()))
-    slots = open_slots(generation, {ROWS: write_row_table(generation)})
+    slots = open_slots(generation, {ROWS: write_row_table(generation)}, device_scan=device_scan(device))
     return slots[None]
 
 
@@ -78,9 +80,11 @@ def right_ids(slot: Slot, queries: np.ndarray) -> bool:
     )
 
 
-def compared(folder: Path, count: int, width: int, bits: int, repeats: int, *, peers: bool) -> list[list[str]]:
+def compared(
+    folder: Path, count: int, width: int, bits: int, repeats: int, device: str, *, peers: bool
+) -> list[list[str]]:
     """One row of the table for each way to search this slot."""
-    slot = stored_slot(folder / f"{count}-{width}-{bits}", count, width, bits)
+    slot = stored_slot(folder / f"{count}-{width}-{bits}", count, width, bits, device)
     slot.build()
     read, size = read_codes(slot), sum(block.nbytes for block in code_blocks(slot))
     ways: dict[str, tuple[int, Callable[[np.ndarray], Any]]] = {
@@ -121,7 +125,9 @@ def peers_of(rows: np.ndarray) -> dict[str, tuple[int, Callable[[np.ndarray], An
 
 
 def main() -> None:
-    arguments = parse_arguments(argparse.ArgumentParser(description=__doc__), threads=2)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="of our scan (default: cpu)")
+    arguments = parse_arguments(parser, threads=2)
     faiss.omp_set_num_threads(arguments.threads)
     count, growth, repeats = COUNT, GROWTH, arguments.repeats
     if arguments.smoke:
@@ -130,9 +136,14 @@ def main() -> None:
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
         for width, bits, peers in ((8192, 1, True), (4096, 16, False), (1024, 16, True), (1024, 8, False)):
-            rows += compared(Path(folder), count, width // (8 if arguments.smoke else 1), bits, repeats, peers=peers)
+            width //= 8 if arguments.smoke else 1
+            rows += compared(Path(folder), count, width, bits, repeats, arguments.device, peers=peers)
         print(markdown_table(header, rows), flush=True)
-        grown = [row for size in growth for row in compared(Path(folder) / "g", size, 1024, 1, repeats, peers=False)]
+        grown = [
+            row
+            for size in growth
+            for row in compared(Path(folder) / "g", size, 1024, 1, repeats, arguments.device, peers=False)
+        ]
         print("\n" + markdown_table(header, grown), flush=True)
 
 

@@ -43,6 +43,11 @@ def test_without_its_model_an_index_runs_no_task(index_path: Path) -> None:
         load_engine(index_path, TASK_SPEC, model=False)
 
 
+def test_an_index_is_opened_on_the_device_that_its_model_is_on(index_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'gpu' can't be used"):
+        load_engine(index_path, model=False, device="gpu")
+
+
 def test_an_index_that_names_no_task_asks_for_one(tmp_path: Path) -> None:
     build_index(load_task(TASK_SPEC), tmp_path / "nameless.index", CONFIG, progress=False)
     with pytest.raises(LoadError, match="names no task: give --task"):

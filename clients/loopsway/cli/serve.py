@@ -17,7 +17,7 @@ from .tasks import task_options
 @click.option("--port", default=50051, show_default=True, help="0 picks a free one.")
 @task_options(required=False, help="The indices' task, where they name none that ships with Loopsway.")
 @click.option("--no-model", is_flag=True, help="Run no task: answer queries given as sketches alone.")
-@click.option("--device", default="cpu", show_default=True, help="A torch device for the model.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device for model and searches.")
 @click.option("--insecure-bind", is_flag=True, help="Allow a --host that others reach, without TLS or passwords.")
 @click.option(
     "--ready-file",

@@ -22,7 +22,7 @@ def load_engine(
     device: str = "cpu",
     settings: Settings | None = None,
 ) -> Engine:
-    """Opens an index to be served, with its model on the device.
+    """Opens an index to be served, with its model and its searches on the device.
 
     Args:
         path: of the index.
@@ -35,10 +35,10 @@ def load_engine(
     Raises:
         LoadError: the task may not run unasked, or its model makes other sketches than the index holds.
         FileNotFoundError: no index at the path.
-        ValueError: the index is damaged, or the task can't be loaded.
+        ValueError: the index is damaged, the task can't be loaded, or the device is not available.
     """
     settings = settings or Settings()
-    index = open_index(path)
+    index = open_index(path, device=device)
     if not model:
         if task_spec is not None:
             raise LoadError(f"a task ({task_spec}) was given for an index to be served without its model; drop one")

@@ -6,7 +6,7 @@ The energy of a step is the sum of |influence| over the training examples, its s
 al. 2026, figures 2 and 3). Sketch noise makes |estimates| larger than they are, by most of the energy where influences
 are small. So the W coordinates of rotated sketches, which are near independent, are taken in G groups: each group's
 estimate of an influence is multiplied by the sign that the other groups give it. Noise by itself has no such energy,
-and what lies within about one standard error of zero has too little: the truth is between it and the sum of |estimates|.
+and what lies within a standard error of zero has too little: the truth is between it and the sum of |estimates|.
 
 The spread over groups gives the standard errors; shares get theirs by leaving one group out at a time (the jackknife).
 Energies of groups depend on each other through the signs, the more the more is noise: `_widened` has what simulation

@@ -24,6 +24,7 @@ from ..store.addresses import open_folder
 from ..store.folders import IndexDamagedError, LocalFolder
 from ..store.generation import ROW_AXES, Generation
 from ..store.manifest import Manifest, checkpoint_digests
+from .device_scan import DeviceScan, device_scan
 from .filters import matching_rows
 from .joined import JoinedSlot
 from .queries import checked_sketches, chosen_steps, query_vectors
@@ -39,19 +40,26 @@ class UnknownExampleError(LookupError):
     """No example of this id is in the index."""
 
 
-def open_index(path: str | Path, *, generation: int | None = None) -> Index:
+def open_index(
+    path: str | Path, *, generation: int | None = None, device: str = "cpu", device_bytes: int | None = None
+) -> Index:
     """Opens a finished index for search.
 
     Args:
         path: its folder, or its URL `s3://bucket/prefix`.
         generation: an earlier generation that is still kept; None: the last.
+        device: the torch device that reads the codes in exact searches. Their answers are the same on any.
+        device_bytes: of codes that stay on the device; a slot is copied there when it is first searched, and the one
+            that was not used for longest leaves. Those beyond are copied block by block in each search. None: half of
+            what the device has free at the first search. Of no meaning for "cpu".
 
     Raises:
         IndexNotFoundError: there is none, it is unfinished, or it has no such generation.
         IndexDamagedError: a file is missing, of the wrong size or unreadable.
         StorageError: the object store can't be reached, or the cache of its files is too small.
+        ValueError: the device is unknown or not available, or device_bytes is negative.
     """
-    return Index(path, generation)
+    return Index(path, generation, device_scan(device, device_bytes))
 
 
 class Index:
@@ -65,14 +73,14 @@ class Index:
         manifest: what it is.
     """
 
-    def __init__(self, path: str | Path, generation: int | None) -> None:
+    def __init__(self, path: str | Path, generation: int | None, scan: DeviceScan | None = None) -> None:
         self.folder = open_folder(path)
         self.manifest = Manifest.read(self.folder, generation)
         self._check_files()
         self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
         self._is_deleted = self._read_deleted()
         parts = [
-            open_slots(stored, part.own_files, np.flatnonzero(deleted))
+            open_slots(stored, part.own_files, np.flatnonzero(deleted), scan)
             for part, stored, deleted in zip(
                 self.manifest.parts, self._stored, self._by_part(self._is_deleted), strict=True
             )

@@ -81,16 +81,34 @@ class Rows:
     longest: float
     kept: np.ndarray | None = None
 
+    def any_kept(self, own: range) -> bool:
+        return self.kept is None or bool(self.kept[own.start : own.stop].any())
+
 
 def code_queries(queries: np.ndarray, bits: int) -> CodedQueries:
     """Codes rotated queries, float32 [M, W], for rows of so many bits."""
-    peaks = np.abs(queries).max(1, keepdims=True)
-    peaks[peaks == 0] = 1
-    unit = queries / peaks
+    unit, peaks = by_peaks(queries)
     products, coded = _CODERS[bits](unit, bits)
+    return CodedQueries(products=products, slack=slack_of(unit, coded, ROUNDING), peaks=peaks)
+
+
+def by_peaks(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Queries [M, W] over their peaks, and these, float32 [M]; the peak of zeros is 1."""
+    peaks = np.abs(queries).max(1)
+    peaks[peaks == 0] = 1
+    return queries / peaks[:, None], peaks.astype(np.float32)
+
+
+def slack_of(unit: np.ndarray, coded: np.ndarray, rounding: float) -> np.ndarray:
+    """Times the length of a row, what its product with a coded query may be wrong by, float32 [M].
+
+    Args:
+        unit: queries over their peaks, [M, W].
+        coded: what stands for them, [M, W].
+        rounding: of |query| |row|: what the sums lose.
+    """
     rest, length = np.linalg.norm(unit - coded, axis=1), np.linalg.norm(unit, axis=1)
-    slack = DEVIATIONS * rest / math.sqrt(queries.shape[1]) + ROUNDING * length
-    return CodedQueries(products=products, slack=slack.astype(np.float32), peaks=peaks[:, 0].astype(np.float32))
+    return (DEVIATIONS * rest / math.sqrt(unit.shape[1]) + rounding * length).astype(np.float32)
 
 
 def scan(queries: CodedQueries, rows: Rows, count: int) -> tuple[Candidates, Candidates]:
@@ -102,7 +120,7 @@ def scan(queries: CodedQueries, rows: Rows, count: int) -> tuple[Candidates, Can
     shares = np.array_split(np.arange(len(rows.blocks)), min(torch.get_num_threads(), len(rows.blocks)))
     best = in_threads(lambda share: _scan_blocks(queries, rows, share.tolist(), count + 1), shares)
     signs = (_joined([each[sign] for each in best], count + 1) for sign in range(2))
-    largest, smallest = (_candidates(*bounds, queries.peaks, count) for bounds in signs)
+    largest, smallest = (best_of(*bounds, queries.peaks, count) for bounds in signs)
     return largest, smallest
 
 
@@ -167,7 +185,8 @@ def _largest(values: np.ndarray, rows: np.ndarray, count: int) -> _Bounds:
     return np.take_along_axis(values, places, axis=1), np.take_along_axis(rows, places, axis=1)
 
 
-def _candidates(values: np.ndarray, rows: np.ndarray, peaks: np.ndarray, count: int) -> Candidates:
+def best_of(values: np.ndarray, rows: np.ndarray, peaks: np.ndarray, count: int) -> Candidates:
+    """The rows of the `count` largest bounds [M, n] of queries over their peaks, of n > count or of all there are."""
     order = np.argsort(-values, axis=1)
     rows, values = np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1)
     found = min(count, int(np.isfinite(values).sum(1).min()))  # rows that are not kept are -inf

@@ -2,11 +2,11 @@
 
 N rows, M queries, W width, k results of each sign.
 
-By default every code is read (scan.py). The FAISS indices of a slot, for other tools and for approximate search, hold
-the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes (whose scores then equal a
-reading of the codes), a scalar quantizer or flat vectors for the others. Whatever finds candidates, they are scored
-again with the codes and the float32 query. A slot has a FAISS index, and a file, for each *shard* of its rows, so that
-building one takes bounded memory.
+By default every code is read (scan.py, or device_scan.py). The FAISS indices of a slot, for other tools and for
+approximate search, hold the decoded rows, all multiplied by one number: sign bits in IndexRaBitQ for 1-bit codes (whose
+scores then equal a reading of the codes), a scalar quantizer or flat vectors for the others. Whatever finds candidates,
+they are scored again with the codes and the float32 query. A slot has a FAISS index, and a file, for each *shard* of
+its rows, so that building one takes bounded memory.
 
 This is the only file that imports faiss.
 """
@@ -26,8 +26,9 @@ from ..sketches.coding import decode, variance_factor
 from ..store.folders import FileFacts, IndexDamagedError
 from ..store.generation import Generation
 from ..store.row_table import open_row_table
+from .device_scan import DeviceScan
 from .products import exact_products
-from .scan import Rows, code_queries, in_threads, scan
+from .scan import Candidates, Rows, code_queries, in_threads, scan
 
 FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
@@ -47,6 +48,7 @@ class Slot:
         norms: [N] of the sketches.
         files: facts of the generation's files, by name; its FAISS indices are opened when they are needed.
         deleted: rows that no search finds.
+        device_scan: reads the codes in an exact search; None: the processor does.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Slot:
         norms: np.ndarray,
         files: Mapping[str, FileFacts],
         deleted: np.ndarray | None = None,
+        device_scan: DeviceScan | None = None,
     ) -> None:
         self.step, self.factors, self.norms = step, factors, norms
         self._generation, self._bits = generation, generation.plan.config.bits
@@ -66,6 +69,7 @@ class Slot:
         if deleted is not None and len(deleted):
             self._kept = np.ones(len(factors), bool)
             self._kept[deleted] = False
+        self._device_scan = device_scan
         self._files = files
         self._faiss: list[Any] = []
         self._loading = threading.Lock()
@@ -163,7 +167,7 @@ class Slot:
         rows, count = self._rows_to_scan(kept), k + SCAN_EXTRA
         answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         while waiting := [query for query in range(len(queries)) if query not in answers]:
-            largest, smallest = scan(code_queries(queries[waiting], self._bits), rows, count)
+            largest, smallest = self._candidates_of_scan(queries[waiting], rows, count)
             candidates = [np.union1d(*both) for both in zip(largest.rows, smallest.rows, strict=True)]
             found = in_threads(self._ranked, zip(candidates, queries[waiting], strict=True))
             for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
@@ -171,6 +175,12 @@ class Slot:
                     answers[query] = answer
             count *= WIDENING
         return [answers[query] for query in range(len(queries))]
+
+    def _candidates_of_scan(self, queries: np.ndarray, rows: Rows, count: int) -> tuple[Candidates, Candidates]:
+        if self._device_scan is None:
+            return scan(code_queries(queries, self._bits), rows, count)
+        name = (self._generation.folder.address, self.step)
+        return self._device_scan.scan(name, queries, self._bits, rows, count)
 
     def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
         plan = self._generation.plan
@@ -315,7 +325,10 @@ def _new_index(faiss: Any, width: int, bits: int) -> Any:
 
 
 def open_slots(
-    generation: Generation, files: Mapping[str, FileFacts], deleted: np.ndarray | None = None
+    generation: Generation,
+    files: Mapping[str, FileFacts],
+    deleted: np.ndarray | None = None,
+    device_scan: DeviceScan | None = None,
 ) -> dict[int | None, Slot]:
     """The slots of a generation, by step, the total under None; their FAISS indices are not loaded yet.
 
@@ -323,10 +336,13 @@ def open_slots(
         generation: with all blocks and the row table written.
         files: facts of the generation's files, by name.
         deleted: rows that no search finds.
+        device_scan: of exact searches; None: they run on the processor.
     """
     table = open_row_table(generation, files)
     steps: list[int | None] = [*range(generation.plan.num_steps), None]
     return {
-        step: Slot(generation, step, factors=factors, norms=norms, files=files, deleted=deleted)
+        step: Slot(
+            generation, step, factors=factors, norms=norms, files=files, deleted=deleted, device_scan=device_scan
+        )
         for step, factors, norms in zip(steps, table.factors, table.norms, strict=True)
     }
