@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopsway.indexer.config import BITS
-from loopsway.indexer.sketches.coding import Codes, code_shape, decode, encode, rotate, row_bytes, variance_factor
+from loopsway.indexer.sketches.coding import (
+    Codes,
+    code_shape,
+    decode,
+    encode,
+    rotate,
+    rotate_back,
+    row_bytes,
+    variance_factor,
+)
 
 WIDTH = 256
 TRIALS = 200
@@ -27,7 +36,35 @@ def test_rotation_keeps_inner_products_and_is_the_same_for_each_row(width: int) 
 def test_rotation_spreads_a_single_coordinate() -> None:
     row = torch.zeros(1, 4096)
     row[0, 17] = 64.0
-    torch.testing.assert_close(rotate(row, 0).abs(), torch.ones(1, 4096))
+    torch.testing.assert_close(rotate(row, 0, rotations=1).abs(), torch.ones(1, 4096))
+    rotated = rotate(row, 0)
+    assert rotated.square().mean() == pytest.approx(1, rel=1e-4)
+    assert rotated.abs().max() < 6, "the second rotation makes it Gaussian"
+
+
+@pytest.mark.parametrize("rotations", [1, 2, 3])
+def test_rotating_back_gives_the_sketch(rotations: int) -> None:
+    sketches = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    rotated = rotate(sketches, 5, rotations)
+    torch.testing.assert_close(rotate_back(rotated, 5, rotations), sketches, rtol=1e-4, atol=1e-5)
+
+
+def test_sign_bits_of_a_handful_of_entries_are_unbiased() -> None:
+    """One entry is most of the row: after a single rotation the signs are its own, and the others are lost."""
+    row = torch.zeros(1, 1024)
+    row[0, :4] = torch.tensor([10.0, 2.0, 2.0, 1.0])
+    query = torch.zeros(1, 1024)
+    query[0, 1:4] = 1.0
+    errors = {}
+    for rotations in (1, 2):
+        found = []
+        for seed in range(TRIALS):
+            codes = encode(rotate(row, seed, rotations), 1)
+            own = decode(codes.codes, codes.factors, 1)
+            found.append(float((own @ rotate(query, seed, rotations).numpy().T)[0, 0]))
+        errors[rotations] = (np.mean(found) - 5) / (np.std(found) / np.sqrt(TRIALS) + 1e-9)
+    assert abs(errors[2]) < 4, f"biased by {errors[2]:.1f} errors of the mean"
+    assert abs(errors[1]) > 4, "one rotation would do: is the second needed?"
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -21,7 +21,8 @@ def test_the_construction_is_frozen() -> None:
     assert hashed.row_signs.tolist() == [1, -1, 1]
     assert hashed.column_buckets.tolist() == [308, 309, 310, 311, 312]
     assert hashed.column_signs.tolist() == [1, 1, -1, 1, -1]
-    assert rotation_signs(7, 64)[:8].tolist() == [-1, -1, -1, -1, 1, 1, -1, -1]
+    assert rotation_signs(7, 64, 0)[:8].tolist() == [-1, -1, -1, -1, 1, 1, -1, -1]
+    assert not np.array_equal(rotation_signs(7, 64, 1), rotation_signs(7, 64, 0))
 
 
 @pytest.mark.parametrize("other", [(1, "a", "w", (4, 4)), (0, "b", "w", (4, 4)), (0, "a", "v", (4, 4))])

@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from looped import MODELS, collate, losses, make_examples, make_model, step_gradients
-from loopsway.indexer import Estimate, Index, SketchConfig, StepSketcher, delete_examples, open_index, step_energies
+from cutting import CONFIG, COUNT
+from looped import MODELS, LoopedTask, collate, losses, make_examples, make_model, step_gradients
+from loopsway.indexer import (
+    Estimate,
+    ExampleSketcher,
+    Index,
+    SketchConfig,
+    StepSketcher,
+    delete_examples,
+    open_index,
+    step_energies,
+)
 from loopsway.indexer.curation import energy
 from loopsway.indexer.sketches.coding import decode, encode, rotate, standard_errors
 
@@ -50,8 +60,9 @@ def test_truths_lie_within_two_standard_errors_as_often_as_they_should() -> None
 
 def test_significant_influences_are_those_beyond_two_standard_errors(whole_index: Path) -> None:
     index = open_index(whole_index)
-    queries = np.random.default_rng(0).standard_normal((index.num_steps, index.width)).astype(np.float32)
-    ranked = index.search(queries, 50).total.proponents
+    task = LoopedTask(count=COUNT)
+    queries = ExampleSketcher(task, CONFIG).sketch(task.examples()[:1]).values.numpy()
+    ranked = index.search(queries[0], COUNT).total.proponents
     assert 0 < ranked.significant.sum() < len(ranked.rows)
     for influence, error, significant in zip(
         ranked.influences, ranked.standard_errors, ranked.significant, strict=True

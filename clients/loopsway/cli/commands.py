@@ -7,9 +7,12 @@ import click
 from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
+from .energy import energy
 from .export import export
 from .inspection import inspect
+from .neighbors import neighbors
 from .query import query
+from .score import score
 from .serve import serve
 from .train import train
 from .verify import verify
@@ -24,5 +27,9 @@ def loopsway() -> None:
     """
 
 
-for command in (train, build, add, delete, compact, prune, inspect, verify, export, serve, query, demo):
+for command in (
+    *(train, build, add, delete, compact, prune, inspect, verify, export),
+    *(score, neighbors, energy),
+    *(serve, query, demo),
+):
     loopsway.add_command(command)

@@ -15,6 +15,7 @@ Resolve = Literal["query_step", "train_step", "same_step"]
 
 BITS = (1, 2, 4, 8, 16, 32)
 MIN_WIDTH, MAX_WIDTH = 64, 1 << 20
+ROTATIONS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,9 @@ class SketchConfig:
         optimizer_aware: scale every gradient entry by (sqrt(v) + optimizer_epsilon)^(-1/2), with Adam's second moment v
             at the checkpoint, so that influences are of an Adam step and not of plain SGD.
         optimizer_epsilon: Adam's.
+        rotations: of a finished sketch before it is coded to few bits, 1 to 3. With one, as in indices that were built
+            before there was a choice, estimates from sign bits are biased where a handful of entries are all of a
+            gradient.
     """
 
     width: int | None = 8192
@@ -74,6 +78,7 @@ class SketchConfig:
     layer_path: LayerPath = "auto"
     optimizer_aware: bool = False
     optimizer_epsilon: float = 1e-8
+    rotations: int = ROTATIONS
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -89,6 +94,8 @@ class SketchConfig:
             raise ValueError(f"seed is {self.seed}, expected 0 <= seed < 2**64")
         if self.layer_path not in get_args(LayerPath):
             raise ValueError(f"layer_path is {self.layer_path!r}, expected one of {get_args(LayerPath)}")
+        if not 1 <= self.rotations <= 3:
+            raise ValueError(f"rotations is {self.rotations}, expected 1 to 3 (2 is the default)")
         if not 0 < self.optimizer_epsilon < 1:
             raise ValueError(
                 f"optimizer_epsilon is {self.optimizer_epsilon}, expected 0 < epsilon < 1, such as Adam's 1e-8"
@@ -99,7 +106,7 @@ class SketchConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SketchConfig:
-        return cls(**data)
+        return cls(**{"rotations": 1, **data})  # that of plans which don't say
 
 
 @dataclass(frozen=True, kw_only=True)

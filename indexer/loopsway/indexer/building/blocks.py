@@ -76,7 +76,8 @@ class BlockSketcher:
                 f"the examples from row {rows.start} ran {sketches.values.shape[1]} steps, the first ones ran "
                 f"{plan.num_steps}: all examples of an index must run the same number; fix the task's loop count"
             )
-        steps, total = code_examples(sketches.values, seed=plan.config.seed, bits=plan.config.bits)
+        config = plan.config
+        steps, total = code_examples(sketches.values, seed=config.seed, bits=config.bits, rotations=config.rotations)
         coded = CodedExamples(
             steps=steps,
             total=total,

@@ -76,7 +76,7 @@ def step_energies(
     """
     sketches, _ = checked_sketches(query_sketches, index.width)
     wanted = pairs(resolve, index.num_steps, sketches.shape[1])
-    vectors = query_vectors(sketches, index.config.seed)
+    vectors = query_vectors(sketches, index.config)
     rows = index.sketched_rows()
     if where is not None:
         rows = rows[matching_rows(index.examples, where)[rows]]

@@ -71,7 +71,7 @@ class SketchedQueries(QuerySet):
         self.digest = digest.hexdigest()
 
     def sketches(self, queries: range) -> np.ndarray:
-        return checked_sketches(self._values[queries.start : queries.stop], self._width)[0]
+        return checked_sketches(np.array(self._values[queries.start : queries.stop]), self._width)[0]
 
 
 class ExampleQueries(QuerySet):
@@ -108,7 +108,7 @@ class ExampleQueries(QuerySet):
             if line.strip():
                 try:
                     examples.append(task.example_from_json(json.loads(line)))
-                except ValueError as error:
+                except (ValueError, TypeError, LookupError, AttributeError) as error:  # tasks check their input or not
                     raise ValueError(f"{file}, line {number}: {error}") from error
                 ids.append(str(number))
         if not examples:

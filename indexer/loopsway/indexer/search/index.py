@@ -229,7 +229,7 @@ class Index:
         """
         slots = [*range(self.num_steps), None]
         decoded = np.stack([self._slots[slot].rows(rows) for slot in slots], axis=1)
-        return rotate_back(torch.from_numpy(decoded), self.config.seed).numpy()
+        return rotate_back(torch.from_numpy(decoded), self.config.seed, self.config.rotations).numpy()
 
     def live_rows(self) -> np.ndarray:
         """Rows that are not deleted, int64, ascending."""
@@ -345,7 +345,7 @@ class Index:
             raise ValueError(f"k is {k}, expected at least 1")
         wanted = pairs(resolve, self.num_steps, sketches.shape[1])
         chosen = chosen_steps(steps, len(wanted))
-        vectors = query_vectors(sketches, self.config.seed)
+        vectors = query_vectors(sketches, self.config)
         kept = None if where is None else matching_rows(self.examples, where)
         asked = {Pair(None, TOTAL), *(wanted[step] for step in chosen)}
         found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact)
@@ -372,7 +372,7 @@ class Index:
         sketches, _ = checked_sketches(query_sketches, self.width)
         steps = pairs(resolve, self.num_steps, sketches.shape[1])
         wanted = [Pair(None, TOTAL), *steps]
-        vectors = query_vectors(sketches, self.config.seed)
+        vectors = query_vectors(sketches, self.config)
         rows = self.sketched_rows()
         if where is not None:
             rows = rows[matching_rows(self.examples, where)[rows]]
@@ -424,7 +424,7 @@ class Index:
             wanted = [Pair(slot, step) for slot in range(self.num_steps) for step in range(query_steps)]
         else:
             wanted = pairs(resolve, self.num_steps, query_steps)
-        vectors = query_vectors(sketches, self.config.seed)  # [Q, T + 1, W]
+        vectors = query_vectors(sketches, self.config)  # [Q, T + 1, W]
         decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
         influences = np.stack(
             [inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..config import SketchConfig
 from ..sketches.coding import rotate
 
 
@@ -33,9 +34,9 @@ def checked_sketches(query_sketches: Any, width: int) -> tuple[np.ndarray, bool]
     return sketches, single
 
 
-def query_vectors(sketches: np.ndarray, seed: int) -> np.ndarray:
+def query_vectors(sketches: np.ndarray, config: SketchConfig) -> np.ndarray:
     """Rotated sketches of each step and, last, of their sum: float32 [Q, T, W] gives [Q, T + 1, W]."""
-    rotated = rotate(torch.from_numpy(sketches), seed)
+    rotated = rotate(torch.from_numpy(sketches), config.seed, config.rotations)
     return torch.cat([rotated, rotated.sum(1, keepdim=True)], dim=1).numpy()
 
 

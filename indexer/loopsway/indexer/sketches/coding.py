@@ -2,7 +2,7 @@
 
 N rows, W width, b bits.
 
-A sketch x is rotated once (random signs, then a Walsh-Hadamard transform), so that its coordinates are near Gaussian
+A sketch x is rotated (random signs, then a Walsh-Hadamard transform, twice), so that its coordinates are near Gaussian
 whatever they were, and coded to c. The factor |x|^2 / <c, x> makes factor * <c, q> an estimate of <x, q> that is exact
 along x itself and unbiased over rotations; with 1 bit, c = sign(x), this is RaBitQ's estimator (Gao and Long 2024,
 section 3). A query is rotated and stays float32. Rotating keeps inner products, so rotated and stored sketches are
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import ROTATIONS
 from .hashes import rotation_signs
 
 # Distance between the levels of a b-bit uniform quantizer of a unit Gaussian with the least square error (Max 1960).
@@ -52,7 +53,7 @@ class Codes:
         )
 
 
-def code_examples(sketches: Tensor, *, seed: int, bits: int) -> tuple[Codes, Codes]:
+def code_examples(sketches: Tensor, *, seed: int, bits: int, rotations: int = ROTATIONS) -> tuple[Codes, Codes]:
     """Rotates and codes the finished sketches of examples, [B, S, W].
 
     Returns:
@@ -64,20 +65,26 @@ def code_examples(sketches: Tensor, *, seed: int, bits: int) -> tuple[Codes, Cod
     tile = max(1, TILE_BYTES // (4 * sketches[0].numel()))
     steps, totals = [], []
     for part in sketches.split(tile):
-        rotated = rotate(part, seed)
+        rotated = rotate(part, seed, rotations)
         steps.append(encode(rotated.flatten(0, 1), bits))
         totals.append(encode(rotated.sum(1), bits))
     return Codes.joined(steps), Codes.joined(totals)
 
 
-def rotate(sketches: Tensor, seed: int) -> Tensor:
-    """The random rotation of the last dimension, W a power of two; inner products stay."""
-    return _transformed(sketches.float() * _signs(seed, sketches.shape[-1], sketches.device))
+def rotate(sketches: Tensor, seed: int, rotations: int = ROTATIONS) -> Tensor:
+    """Random rotations of the last dimension, W a power of two; inner products stay."""
+    rotated = sketches.float()
+    for rotation in range(rotations):
+        rotated = _transformed(rotated * _signs(seed, sketches.shape[-1], rotation, sketches.device))
+    return rotated
 
 
-def rotate_back(rotated: Tensor, seed: int) -> Tensor:
+def rotate_back(rotated: Tensor, seed: int, rotations: int = ROTATIONS) -> Tensor:
     """The inverse of `rotate`."""
-    return _transformed(rotated.float()) * _signs(seed, rotated.shape[-1], rotated.device)
+    sketches = rotated.float()
+    for rotation in reversed(range(rotations)):
+        sketches = _transformed(sketches) * _signs(seed, rotated.shape[-1], rotation, rotated.device)
+    return sketches
 
 
 def _transformed(values: Tensor) -> Tensor:
@@ -180,9 +187,9 @@ def _uniform_variance_factor(bits: int) -> float:
 
 
 @lru_cache
-def _signs(seed: int, width: int, device: torch.device) -> Tensor:
-    """The rotation's signs over sqrt(W), which makes the transform orthonormal."""
-    return torch.from_numpy(rotation_signs(seed, width)).to(device) / math.sqrt(width)
+def _signs(seed: int, width: int, rotation: int, device: torch.device) -> Tensor:
+    """A rotation's signs over sqrt(W), which makes the transform orthonormal."""
+    return torch.from_numpy(rotation_signs(seed, width, rotation)).to(device) / math.sqrt(width)
 
 
 @lru_cache

@@ -74,9 +74,9 @@ def parameter_hash(seed: int, checkpoint: str, parameter: str, shape: tuple[int,
     )
 
 
-def rotation_signs(seed: int, width: int) -> np.ndarray:
-    """Random signs, float32 [W], that make a Walsh-Hadamard transform a random rotation."""
-    return _signs(_words(seed, "", "", "rotation", count=width))
+def rotation_signs(seed: int, width: int, rotation: int) -> np.ndarray:
+    """Random signs, float32 [W], that make the n-th Walsh-Hadamard transform, from 0, a random rotation."""
+    return _signs(_words(seed, "", "", f"rotation {rotation}" if rotation else "rotation", count=width))
 
 
 def _words(seed: int, checkpoint: str, parameter: str, role: str, *, count: int) -> np.ndarray:
