@@ -51,11 +51,11 @@ def test_each_query_is_scored_from_every_source(tiny_index: Path, queries: Path,
     examples = [task.example_from_json(json.loads(line)) for line in queries.read_text().splitlines()]
     sketcher = ExampleSketcher(task, index.config)
     np.save(tmp_path / "q.npy", sketcher.sketch(examples).values.numpy())
-    (tmp_path / "ids").write_text("tiny-3\ntiny-5\n")
+    (tmp_path / "names").write_text("tiny-3\ntiny-5\n")
     sources = {
         "json": (["--queries", queries, *TASK], ["1", "2", "3"]),
         "npy": (["--sketches", tmp_path / "q.npy", "--fingerprint", index.fingerprint], ["0", "1", "2"]),
-        "file": (["--ids-file", tmp_path / "ids", *TASK], ["tiny-3", "tiny-5"]),
+        "file": (["--ids-file", tmp_path / "names", *TASK], ["tiny-3", "tiny-5"]),
         "ids": (["--ids", "tiny-3,tiny-5", *TASK], ["tiny-3", "tiny-5"]),
     }
     tables = {}
