@@ -75,7 +75,9 @@ def random_block(plan: Plan, block: int) -> CodedExamples:
         return Codes(codes=draw.integers(0, 256, (rows, plan.width // 8), np.uint8), factors=factors, norms=norms)
 
     losses = draw.random((len(plan.checkpoints), count), dtype=np.float32)
-    return CodedExamples(steps=codes(count * STEPS), total=codes(count), losses=losses, steps_without_gradient=())
+    return CodedExamples(
+        steps=codes(count * plan.num_steps), total=codes(count), losses=losses, steps_without_gradient=()
+    )
 
 
 def measured(folder: Path, count: int, width: int, repeats: int) -> dict[str, float]:

@@ -30,6 +30,10 @@ ROWS = {
         "| 300 x 1,024, 1 bits | ours |",
         *("| 300 x 512, 16 bits | ours |", "| 300 x 128, 8 bits | ours |", "| FAISS SQfp16 |"),
     ],
+    "bench_curation.py": [
+        *(f"| 300 x 256, 1 bit | {job}" for job in ("mean of 20 queries", "each of 20 queries, top 0.1%")),
+        *(f"| 300 x 256, 1 bit | {job}" for job in ("energies of 20", "neighbors of 64", "all near-duplicates")),
+    ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 

@@ -36,6 +36,7 @@ from loopsway.indexer.building.examples import SubsetTask
 from loopsway.indexer.config import BITS
 from loopsway.indexer.curation import duplicates, scoring
 from loopsway.indexer.curation.query_set import QuerySet
+from loopsway.indexer.curation.score_table import Fractions
 from loopsway.indexer.curation.similarity import agreements, cosines
 from loopsway.indexer.search.filters import FilterError
 from loopsway.indexer.sketches.coding import encode
@@ -422,3 +423,12 @@ def test_a_signal_stops_a_job_where_nothing_is_lost(index: Index, sketches: np.n
     rest = Counting(sketches)
     score_examples(index, rest, tmp_path, progress=False)
     assert rest.asked == []
+
+
+@pytest.mark.parametrize("top", [None, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("bottom", [None, 0.02, 0.5, 1.0])
+def test_shares_are_those_of_a_full_stable_sort(top: float | None, bottom: float | None) -> None:
+    for values in (np.random.default_rng(0).integers(5, size=203).astype(np.float32), np.zeros(7, np.float32)):
+        fractions = Fractions(top=top, bottom=bottom)
+        ranks = fractions.ranks(len(values))
+        np.testing.assert_array_equal(fractions.places(values), np.argsort(-values, kind="stable")[ranks])

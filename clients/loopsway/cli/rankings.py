@@ -15,7 +15,6 @@ from .curves import number, shortened
 if TYPE_CHECKING:
     from loopsway.client import Influencer, Ranking
 
-SIGNIFICANT = 2.0  # standard errors from 0
 NUMBERS_WIDTH = 43  # what one line of a table needs beside its two descriptions
 NOTE = "±: one standard error. Dim, with ~: within two of them of 0, so it can't be told from no influence"
 
@@ -91,10 +90,9 @@ def _pair(proponents: Sequence[Influencer], opponents: Sequence[Influencer], pla
 
 
 def _cells(influencer: Influencer, style: str, width: int) -> list[Text]:
-    significant = abs(influencer.influence) > SIGNIFICANT * influencer.standard_error
-    mark = " " if significant else "~"
+    mark = " " if influencer.significant else "~"
     return [
-        Text(shortened(name(influencer), _description_width(width)), style="" if significant else "dim"),
-        Text(f"{mark}{number(influencer.influence, signed=True)}", style=style if significant else "dim"),
+        Text(shortened(name(influencer), _description_width(width)), style="" if influencer.significant else "dim"),
+        Text(f"{mark}{number(influencer.influence, signed=True)}", style=style if influencer.significant else "dim"),
         Text(number(influencer.standard_error, digits=2), style="dim"),
     ]

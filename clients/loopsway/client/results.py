@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SIGNIFICANT = 2.0  # standard errors
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
@@ -86,6 +88,11 @@ class Influencer:
     metadata: Mapping[str, Any]
     influence: float
     standard_error: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the influence lies beyond two standard errors of zero."""
+        return abs(self.influence) > SIGNIFICANT * self.standard_error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,31 @@ class Fractions:
 
     def ranks(self, count: int) -> np.ndarray:
         """Ranks that are kept of `count`, from 0, ascending."""
-        if self.top is None and self.bottom is None:
-            return np.arange(count)
-        first, last = (0 if share is None else math.ceil(share * count) for share in (self.top, self.bottom))
+        first, last = self._ends(count)
         return np.union1d(np.arange(first), np.arange(count - last, count))
+
+    def places(self, values: np.ndarray) -> np.ndarray:
+        """Places of the values that are kept, in the order of their ranks: the largest first, equal ones by place."""
+        first, last = self._ends(len(values))
+        if first + last >= len(values):
+            return np.argsort(-values, kind="stable")[self.ranks(len(values))]
+        return np.concatenate([_largest(values, first), len(values) - 1 - _largest(-values[::-1], last)[::-1]])
+
+    def _ends(self, count: int) -> tuple[int, int]:
+        """How many are kept of the largest, and of the smallest."""
+        if self.top is None and self.bottom is None:
+            return count, 0
+        top, bottom = (0 if share is None else math.ceil(share * count) for share in (self.top, self.bottom))
+        return top, bottom
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the largest, in their order; equal ones by place."""
+    if not count:
+        return np.empty(0, np.int64)
+    least = np.partition(values, -count)[-count]
+    above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
+    return np.concatenate([above[np.argsort(-values[above], kind="stable")], equal[: count - len(above)]])
 
 
 def score_table(scores: Scores, ids: Any, fractions: Fractions, queries: Sequence[str] | None = None) -> pa.Table:
@@ -59,7 +80,7 @@ def score_table(scores: Scores, ids: Any, fractions: Fractions, queries: Sequenc
     """
     ranks = fractions.ranks(len(scores.rows))
     parts = [
-        _ranked(scores, query, place, ranks)
+        _ranked(scores, query, place, fractions)
         for query in range(len(scores.influences))
         for place in range(len(scores.steps))
     ]
@@ -80,7 +101,7 @@ def score_table(scores: Scores, ids: Any, fractions: Fractions, queries: Sequenc
     return pa.table(table)
 
 
-def _ranked(scores: Scores, query: int, place: int, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _ranked(scores: Scores, query: int, place: int, fractions: Fractions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     influences, errors = scores.influences[query, place], scores.standard_errors[query, place]
-    chosen = np.argsort(-influences, kind="stable")[ranks]  # rows ascend: equal ones stay by row
+    chosen = fractions.places(influences)  # rows ascend: equal ones come by row
     return scores.rows[chosen], influences[chosen], errors[chosen]
