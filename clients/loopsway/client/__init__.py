@@ -17,7 +17,17 @@ from .errors import (
     UnavailableError,
 )
 from .queries import ExampleQuery, IdQuery, Query, SketchQuery
-from .results import CheckpointInfo, IndexInfo, Influencer, InfluenceResult, QuerySummary, Ranking, Trajectories
+from .results import (
+    CheckpointInfo,
+    IndexInfo,
+    Influencer,
+    InfluenceResult,
+    Neighbor,
+    QuerySummary,
+    Ranking,
+    ScoreChunk,
+    Trajectories,
+)
 
 __all__ = [
     "AsyncClient",
@@ -32,11 +42,13 @@ __all__ = [
     "Influencer",
     "InvalidQueryError",
     "LoopswayError",
+    "Neighbor",
     "NotFoundError",
     "OverloadedError",
     "Query",
     "QuerySummary",
     "Ranking",
+    "ScoreChunk",
     "ServerError",
     "SketchQuery",
     "Trajectories",

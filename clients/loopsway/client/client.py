@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,9 +15,9 @@ from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from . import messages
 from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
 from .errors import error_from_rpc
-from .messages import Resolve, TrajectoryResolve
-from .queries import Query
-from .results import IndexInfo, InfluenceResult, Trajectories
+from .messages import By, Resolve, TrajectoryResolve
+from .queries import Query, SketchQuery
+from .results import IndexInfo, InfluenceResult, Neighbor, ScoreChunk, Trajectories
 
 _Response = TypeVar("_Response")
 
@@ -50,7 +50,7 @@ class Client:
     def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
         """Describes an index; the name may be left out when the server serves exactly one."""
         request = pb.GetIndexRequest(index=index)
-        return messages.index_info(self._call(self._stub.GetIndex, request, timeout_s))
+        return messages.index_info(self._call(self._stub.GetIndex, request, timeout_s).index)
 
     def find_influences(
         self,
@@ -96,6 +96,88 @@ class Client:
         request = messages.trajectories_request(queries, example_ids, resolve, index)
         return messages.trajectories(self._call(self._stub.GetTrajectories, request, timeout_s))
 
+    def list_indices(self, *, timeout_s: float | None = None) -> list[IndexInfo]:
+        """Describes every index of the server, by name."""
+        response = self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s)
+        return [messages.index_info(index) for index in response.indices]
+
+    def score_examples(
+        self,
+        queries: Sequence[Query],
+        *,
+        resolve: Resolve = "query_step",
+        where: str = "",
+        top_share: float | None = None,
+        bottom_share: float | None = None,
+        least_magnitude: float = 0.0,
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[ScoreChunk]:
+        """The influence of every training example on the mean of the queries' losses, in total and at each step.
+
+        Chunks come as they are read; what is not read yet waits on the server.
+
+        Args:
+            queries: one or more, of one number of steps.
+            resolve: as in `find_influences`.
+            where: a filter over the examples, which are ranked within it. Empty: all.
+            top_share: return this share of the examples, those of largest influence, above 0 and at most 1; with
+                `bottom_share`, both. None for both: all.
+            bottom_share: return this share, those of smallest influence.
+            least_magnitude: of the influences that are returned.
+            index: may be left out when the server serves exactly one.
+            timeout_s: of the whole stream. None: the client's own.
+
+        Yields:
+            Each ranking in order, the one over the whole loop first.
+        """
+        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        try:
+            for response in stream:
+                yield messages.score_chunk(response)
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, self._target) from failure
+        finally:
+            stream.cancel()  # whoever stops reading leaves nothing behind on the server
+
+    def find_neighbors(
+        self,
+        example_ids: Sequence[str],
+        *,
+        k: int = 10,
+        by: By = "cosine",
+        step: int | None = None,
+        threshold: float | None = None,
+        where: str = "",
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> list[tuple[Neighbor, ...]]:
+        """The training examples whose gradients are most like those of some, the most alike first; no model runs.
+
+        Args:
+            example_ids: of indexed examples.
+            k: at most so many for each.
+            by: "cosine", or "inner_product", the influence of one on the other.
+            step: of the loop. None: the gradients summed over steps.
+            threshold: the least similarity. None: any.
+            where: a filter over the examples. Empty: all.
+            index: may be left out when the server serves exactly one.
+            timeout_s: None: the client's own.
+
+        Returns:
+            The neighbors of each example.
+        """
+        request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
+        return messages.neighbors(self._call(self._stub.FindNeighbors, request, timeout_s))
+
+    def sketch_queries(
+        self, queries: Sequence[Query], *, index: str = "", timeout_s: float | None = None
+    ) -> list[SketchQuery]:
+        """The queries as sketches, which may be asked about again and again at no model call."""
+        request = messages.sketches_request(queries, index)
+        return messages.sketch_queries(self._call(self._stub.SketchQueries, request, timeout_s))
+
     def close(self) -> None:
         self._channel.close()
 
@@ -136,7 +218,7 @@ class AsyncClient:
     async def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
         """As `Client.get_index`."""
         request = pb.GetIndexRequest(index=index)
-        return messages.index_info(await self._call(self._stub.GetIndex, request, timeout_s))
+        return messages.index_info((await self._call(self._stub.GetIndex, request, timeout_s)).index)
 
     async def find_influences(
         self,
@@ -165,6 +247,57 @@ class AsyncClient:
         """As `Client.get_trajectories`."""
         request = messages.trajectories_request(queries, example_ids, resolve, index)
         return messages.trajectories(await self._call(self._stub.GetTrajectories, request, timeout_s))
+
+    async def list_indices(self, *, timeout_s: float | None = None) -> list[IndexInfo]:
+        """As `Client.list_indices`."""
+        response = await self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s)
+        return [messages.index_info(index) for index in response.indices]
+
+    async def score_examples(
+        self,
+        queries: Sequence[Query],
+        *,
+        resolve: Resolve = "query_step",
+        where: str = "",
+        top_share: float | None = None,
+        bottom_share: float | None = None,
+        least_magnitude: float = 0.0,
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[ScoreChunk]:
+        """As `Client.score_examples`."""
+        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        try:
+            async for response in stream:
+                yield messages.score_chunk(response)
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, self._target) from failure
+        finally:
+            stream.cancel()  # whoever stops reading leaves nothing behind on the server
+
+    async def find_neighbors(
+        self,
+        example_ids: Sequence[str],
+        *,
+        k: int = 10,
+        by: By = "cosine",
+        step: int | None = None,
+        threshold: float | None = None,
+        where: str = "",
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> list[tuple[Neighbor, ...]]:
+        """As `Client.find_neighbors`."""
+        request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
+        return messages.neighbors(await self._call(self._stub.FindNeighbors, request, timeout_s))
+
+    async def sketch_queries(
+        self, queries: Sequence[Query], *, index: str = "", timeout_s: float | None = None
+    ) -> list[SketchQuery]:
+        """As `Client.sketch_queries`."""
+        request = messages.sketches_request(queries, index)
+        return messages.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s))
 
     async def close(self) -> None:
         await self._channel.close()

@@ -20,11 +20,27 @@ from loopsway.v1.tensors import from_tensor, to_tensor
 
 from .errors import InvalidQueryError
 from .queries import ExampleQuery, IdQuery, Query, SketchQuery
-from .results import CheckpointInfo, IndexInfo, Influencer, InfluenceResult, QuerySummary, Ranking, Trajectories
+from .results import (
+    CheckpointInfo,
+    IndexInfo,
+    Influencer,
+    InfluenceResult,
+    Neighbor,
+    QuerySummary,
+    Ranking,
+    ScoreChunk,
+    Trajectories,
+)
 
 Resolve = Literal["query_step", "train_step", "same_step"]
 TrajectoryResolve = Literal["query_step", "train_step", "same_step", "step_matrix"]
 
+By = Literal["cosine", "inner_product"]
+
+_SIMILARITY: dict[str, pb.Similarity.ValueType] = {
+    "cosine": pb.SIMILARITY_COSINE,
+    "inner_product": pb.SIMILARITY_INNER_PRODUCT,
+}
 _RESOLVE: dict[str, pb.ResolveMode.ValueType] = {
     "query_step": pb.RESOLVE_MODE_QUERY_STEP,
     "train_step": pb.RESOLVE_MODE_TRAIN_STEP,
@@ -51,18 +67,61 @@ def influences_request(
 def trajectories_request(
     queries: Sequence[Query], example_ids: Sequence[str], resolve: TrajectoryResolve, index: str
 ) -> pb.GetTrajectoriesRequest:
-    if isinstance(example_ids, str):
-        raise InvalidQueryError(f"example_ids is one string; write [{example_ids!r}]", field="example_ids")
     return pb.GetTrajectoriesRequest(
         index=index,
         queries=_queries(queries),
-        example_ids=example_ids,
+        example_ids=_ids(example_ids),
         resolve=_resolve(resolve, get_args(TrajectoryResolve)),
     )
 
 
-def index_info(response: pb.GetIndexResponse) -> IndexInfo:
-    index = response.index
+def scores_request(
+    queries: Sequence[Query],
+    resolve: Resolve,
+    where: str,
+    top_share: float | None,
+    bottom_share: float | None,
+    least_magnitude: float,
+    index: str,
+) -> pb.ScoreExamplesRequest:
+    return pb.ScoreExamplesRequest(
+        index=index,
+        queries=_queries(queries),
+        resolve=_resolve(resolve, get_args(Resolve)),
+        where=where,
+        top_share=top_share,
+        bottom_share=bottom_share,
+        least_magnitude=least_magnitude,
+    )
+
+
+def neighbors_request(
+    example_ids: Sequence[str],
+    k: int,
+    by: By,
+    step: int | None,
+    threshold: float | None,
+    where: str,
+    index: str,
+) -> pb.FindNeighborsRequest:
+    if by not in _SIMILARITY:
+        raise InvalidQueryError(f"by is {by!r}, expected one of {', '.join(_SIMILARITY)}", field="similarity")
+    return pb.FindNeighborsRequest(
+        index=index,
+        example_ids=_ids(example_ids),
+        k=_int32(k, "k"),
+        similarity=_SIMILARITY[by],
+        step=None if step is None else _int32(step, "step"),
+        threshold=threshold,
+        where=where,
+    )
+
+
+def sketches_request(queries: Sequence[Query], index: str) -> pb.SketchQueriesRequest:
+    return pb.SketchQueriesRequest(index=index, queries=_queries(queries))
+
+
+def index_info(index: pb.Index) -> IndexInfo:
     checkpoints = tuple(
         CheckpointInfo(name=checkpoint.name, learning_rate=checkpoint.learning_rate, mean_loss=checkpoint.mean_loss)
         for checkpoint in index.checkpoints
@@ -110,6 +169,43 @@ def trajectories(response: pb.GetTrajectoriesResponse) -> Trajectories:
         generation=response.generation,
         fingerprint=response.fingerprint,
     )
+
+
+def score_chunk(response: pb.ScoreExamplesResponse) -> ScoreChunk:
+    count = len(response.example_ids)
+    return ScoreChunk(
+        step=response.step if response.HasField("step") else None,
+        first_rank=response.first_rank,
+        example_ids=tuple(response.example_ids),
+        influences=from_tensor(response.influences, dtype="float32", shape=[count]),
+        standard_errors=from_tensor(response.standard_errors, dtype="float32", shape=[count]),
+    )
+
+
+def neighbors(response: pb.FindNeighborsResponse) -> list[tuple[Neighbor, ...]]:
+    return [tuple(_neighbor(neighbor) for neighbor in result.neighbors) for result in response.results]
+
+
+def sketch_queries(response: pb.SketchQueriesResponse) -> list[SketchQuery]:
+    return [
+        SketchQuery(from_tensor(sketch.values, dtype="float32"), sketch.fingerprint) for sketch in response.sketches
+    ]
+
+
+def _neighbor(neighbor: pb.Neighbor) -> Neighbor:
+    return Neighbor(
+        example_id=neighbor.example_id,
+        description=neighbor.description,
+        metadata=_metadata(neighbor.metadata),
+        similarity=neighbor.similarity,
+        standard_error=neighbor.standard_error,
+    )
+
+
+def _ids(example_ids: Sequence[str]) -> Sequence[str]:
+    if isinstance(example_ids, str):
+        raise InvalidQueryError(f"example_ids is one string; write [{example_ids!r}]", field="example_ids")
+    return example_ids
 
 
 def _queries(queries: Sequence[Query]) -> list[pb.Query]:

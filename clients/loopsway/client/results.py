@@ -128,6 +128,46 @@ class InfluenceResult:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreChunk:
+    """Examples of consecutive ranks in the ranking at one step, or over the whole loop.
+
+    Attributes:
+        step: the step. None: the whole loop.
+        first_rank: of the first example here, from 1, the largest influence's.
+        example_ids: n of them; none only where a whole ranking is empty.
+        influences: float32 [n], signed, the largest first. Read-only.
+        standard_errors: float32 [n]. Read-only.
+    """
+
+    step: int | None
+    first_rank: int
+    example_ids: tuple[str, ...]
+    influences: NDArray[np.float32]
+    standard_errors: NDArray[np.float32]
+
+    @property
+    def significant(self) -> NDArray[np.bool_]:
+        """Bool [n]: whether each influence lies beyond two standard errors of zero."""
+        return np.abs(self.influences) > SIGNIFICANT * self.standard_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbor:
+    """One training example and how alike its gradient is.
+
+    Attributes:
+        similarity: a cosine, or an inner product in units of loss.
+        standard_error: of the similarity, from sketching and coding.
+    """
+
+    example_id: str
+    description: str
+    metadata: Mapping[str, Any]
+    similarity: float
+    standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectories:
     """The influence of each asked example on each query, step by step.
 

@@ -65,6 +65,30 @@ RESOLVE_MODE_STEP_MATRIX: ResolveMode.ValueType  # 4
 """The whole matrix. Accepted by GetTrajectories only."""
 Global___ResolveMode: _TypeAlias = ResolveMode  # noqa: Y015
 
+class _Similarity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SimilarityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Similarity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIMILARITY_UNSPECIFIED: _Similarity.ValueType  # 0
+    """Means SIMILARITY_COSINE."""
+    SIMILARITY_COSINE: _Similarity.ValueType  # 1
+    """The cosine of their angle, from -1 to 1."""
+    SIMILARITY_INNER_PRODUCT: _Similarity.ValueType  # 2
+    """Their inner product: the influence of one on the other, in units of loss."""
+
+class Similarity(_Similarity, metaclass=_SimilarityEnumTypeWrapper):
+    """How alike two examples' gradients are."""
+
+SIMILARITY_UNSPECIFIED: Similarity.ValueType  # 0
+"""Means SIMILARITY_COSINE."""
+SIMILARITY_COSINE: Similarity.ValueType  # 1
+"""The cosine of their angle, from -1 to 1."""
+SIMILARITY_INNER_PRODUCT: Similarity.ValueType  # 2
+"""Their inner product: the influence of one on the other, in units of loss."""
+Global___Similarity: _TypeAlias = Similarity  # noqa: Y015
+
 class _DataType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -758,3 +782,398 @@ class GetTrajectoriesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTrajectoriesResponse: _TypeAlias = GetTrajectoriesResponse  # noqa: Y015
+
+@_typing.final
+class ListIndicesRequest(_message.Message):
+    """Asks for the names and descriptions of all indices that the caller may read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIndicesRequest: _TypeAlias = ListIndicesRequest  # noqa: Y015
+
+@_typing.final
+class ListIndicesResponse(_message.Message):
+    """Lists indices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def indices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Index]:
+        """The indices, ascending by name."""
+
+    def __init__(
+        self,
+        *,
+        indices: _abc.Iterable[Global___Index] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIndicesResponse: _TypeAlias = ListIndicesResponse  # noqa: Y015
+
+@_typing.final
+class ScoreExamplesRequest(_message.Message):
+    """Asks for the influence of every training example on the mean of some queries' losses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    RESOLVE_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    TOP_SHARE_FIELD_NUMBER: _builtins.int
+    BOTTOM_SHARE_FIELD_NUMBER: _builtins.int
+    LEAST_MAGNITUDE_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The index's name. May be empty when the server serves exactly one."""
+    resolve: Global___ResolveMode.ValueType
+    """How influences are resolved into steps. Unset means RESOLVE_MODE_QUERY_STEP; RESOLVE_MODE_STEP_MATRIX is refused."""
+    where: _builtins.str
+    """A filter over the training examples, as in FindInfluencesRequest.where; ranks and shares are within it."""
+    top_share: _builtins.float
+    """Which share of the examples to return of each ranking, those of largest influence; above 0 and at most 1, the count
+    rounded up. Unset with bottom_share unset: all. Unset beside bottom_share: none.
+    """
+    bottom_share: _builtins.float
+    """Which share of the examples to return of each ranking, those of smallest influence; as top_share."""
+    least_magnitude: _builtins.float
+    """The least |influence| to return, >= 0. Unset means 0."""
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
+        """The queries, at least 1 and at most as many as the server allows (64 by default); of several, all with the same
+        number of steps, the influence on the mean of their losses is scored.
+        """
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+        queries: _abc.Iterable[Global___Query] | None = ...,
+        resolve: Global___ResolveMode.ValueType = ...,
+        where: _builtins.str = ...,
+        top_share: _builtins.float | None = ...,
+        bottom_share: _builtins.float | None = ...,
+        least_magnitude: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "least_magnitude", b"least_magnitude", "top_share", b"top_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "index", b"index", "least_magnitude", b"least_magnitude", "queries", b"queries", "resolve", b"resolve", "top_share", b"top_share", "where", b"where"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bottom_share: _TypeAlias = _typing.Literal["bottom_share"]  # noqa: Y015
+    _WhichOneofArgType__bottom_share: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share"]  # noqa: Y015
+    _WhichOneofReturnType__least_magnitude: _TypeAlias = _typing.Literal["least_magnitude"]  # noqa: Y015
+    _WhichOneofArgType__least_magnitude: _TypeAlias = _typing.Literal["_least_magnitude", b"_least_magnitude"]  # noqa: Y015
+    _WhichOneofReturnType__top_share: _TypeAlias = _typing.Literal["top_share"]  # noqa: Y015
+    _WhichOneofArgType__top_share: _TypeAlias = _typing.Literal["_top_share", b"_top_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bottom_share) -> _WhichOneofReturnType__bottom_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__least_magnitude) -> _WhichOneofReturnType__least_magnitude | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_share) -> _WhichOneofReturnType__top_share | None: ...
+
+Global___ScoreExamplesRequest: _TypeAlias = ScoreExamplesRequest  # noqa: Y015
+
+@_typing.final
+class ScoreExamplesResponse(_message.Message):
+    """A stretch of one ranking of ScoreExamples. The rankings come one after another, each in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    FIRST_RANK_FIELD_NUMBER: _builtins.int
+    EXAMPLE_IDS_FIELD_NUMBER: _builtins.int
+    INFLUENCES_FIELD_NUMBER: _builtins.int
+    STANDARD_ERRORS_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The step, from 0. Unset in the ranking over the whole loop."""
+    first_rank: _builtins.int
+    """The rank of the first example here, from 1, the largest influence's; the others follow without a gap. Equal
+    influences are ranked in the index's order.
+    """
+    index: _builtins.str
+    """The name of the index that answers."""
+    generation: _builtins.int
+    """The generation that answers."""
+    fingerprint: _builtins.str
+    """The index's fingerprint."""
+    @_builtins.property
+    def example_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the examples, at most 10,000. Empty only where a whole ranking is."""
+
+    @_builtins.property
+    def influences(self) -> Global___Tensor:
+        """float32, [example_ids]. Signed, in units of loss."""
+
+    @_builtins.property
+    def standard_errors(self) -> Global___Tensor:
+        """float32, [example_ids]. The standard error of each influence, >= 0."""
+
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuerySummary]:
+        """What the server found out about each query, in the queries' order. Set in the stream's first message alone."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int | None = ...,
+        first_rank: _builtins.int = ...,
+        example_ids: _abc.Iterable[_builtins.str] | None = ...,
+        influences: Global___Tensor | None = ...,
+        standard_errors: Global___Tensor | None = ...,
+        queries: _abc.Iterable[Global___QuerySummary] | None = ...,
+        index: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "influences", b"influences", "standard_errors", b"standard_errors", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "example_ids", b"example_ids", "fingerprint", b"fingerprint", "first_rank", b"first_rank", "generation", b"generation", "index", b"index", "influences", b"influences", "queries", b"queries", "standard_errors", b"standard_errors", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+
+Global___ScoreExamplesResponse: _TypeAlias = ScoreExamplesResponse  # noqa: Y015
+
+@_typing.final
+class FindNeighborsRequest(_message.Message):
+    """Asks for the training examples most like some training examples."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    EXAMPLE_IDS_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The index's name. May be empty when the server serves exactly one."""
+    k: _builtins.int
+    """How many neighbors to return for each, from 1 to the server's limit (1,000 by default). Unset means 10."""
+    similarity: Global___Similarity.ValueType
+    """How they are compared. Unset means SIMILARITY_COSINE."""
+    step: _builtins.int
+    """The step whose gradients are compared, from 0. Unset: the gradients summed over steps."""
+    threshold: _builtins.float
+    """The least similarity to return, finite. Unset: any."""
+    where: _builtins.str
+    """A filter over the training examples, as in FindInfluencesRequest.where. Empty means all."""
+    @_builtins.property
+    def example_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the training examples to compare with, at least 1 and at most as many as the server allows queries in one
+        request (64 by default).
+        """
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+        example_ids: _abc.Iterable[_builtins.str] | None = ...,
+        k: _builtins.int | None = ...,
+        similarity: Global___Similarity.ValueType = ...,
+        step: _builtins.int | None = ...,
+        threshold: _builtins.float | None = ...,
+        where: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_step", b"_step", "_threshold", b"_threshold", "k", b"k", "step", b"step", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_step", b"_step", "_threshold", b"_threshold", "example_ids", b"example_ids", "index", b"index", "k", b"k", "similarity", b"similarity", "step", b"step", "threshold", b"threshold", "where", b"where"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
+    _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___FindNeighborsRequest: _TypeAlias = FindNeighborsRequest  # noqa: Y015
+
+@_typing.final
+class Neighbor(_message.Message):
+    """One training example and how alike it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLE_ID_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
+    STANDARD_ERROR_FIELD_NUMBER: _builtins.int
+    example_id: _builtins.str
+    """The example's id in the index."""
+    description: _builtins.str
+    """One line of text that shows the example to a person. Empty when the task describes none."""
+    similarity: _builtins.float
+    """The similarity asked for."""
+    standard_error: _builtins.float
+    """The similarity's standard error from sketching and coding, >= 0."""
+    @_builtins.property
+    def metadata(self) -> _struct_pb2.Struct:
+        """The example's metadata, as in Influencer.metadata."""
+
+    def __init__(
+        self,
+        *,
+        example_id: _builtins.str = ...,
+        description: _builtins.str = ...,
+        metadata: _struct_pb2.Struct | None = ...,
+        similarity: _builtins.float = ...,
+        standard_error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "example_id", b"example_id", "metadata", b"metadata", "similarity", b"similarity", "standard_error", b"standard_error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Neighbor: _TypeAlias = Neighbor  # noqa: Y015
+
+@_typing.final
+class ExampleNeighbors(_message.Message):
+    """The answer for one example of FindNeighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEIGHBORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def neighbors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbor]:
+        """The neighbors, the most alike first, equal ones in the index's order; at most k. The example itself is not among
+        them.
+        """
+
+    def __init__(
+        self,
+        *,
+        neighbors: _abc.Iterable[Global___Neighbor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExampleNeighbors: _TypeAlias = ExampleNeighbors  # noqa: Y015
+
+@_typing.final
+class FindNeighborsResponse(_message.Message):
+    """Answers FindNeighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The name of the index that answered."""
+    generation: _builtins.int
+    """The generation that answered."""
+    fingerprint: _builtins.str
+    """The index's fingerprint."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExampleNeighbors]:
+        """One result for each of example_ids, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ExampleNeighbors] | None = ...,
+        index: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindNeighborsResponse: _TypeAlias = FindNeighborsResponse  # noqa: Y015
+
+@_typing.final
+class SketchQueriesRequest(_message.Message):
+    """Asks for the sketches of some queries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The index's name. May be empty when the server serves exactly one."""
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
+        """The queries, at least 1 and at most as many as the server allows (64 by default)."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+        queries: _abc.Iterable[Global___Query] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "queries", b"queries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SketchQueriesRequest: _TypeAlias = SketchQueriesRequest  # noqa: Y015
+
+@_typing.final
+class SketchQueriesResponse(_message.Message):
+    """Answers SketchQueries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SKETCHES_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The name of the index that answered."""
+    @_builtins.property
+    def sketches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sketch]:
+        """One sketch for each query, in the queries' order, as Query.sketch takes it."""
+
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuerySummary]:
+        """What the server found out about each query, in the queries' order."""
+
+    def __init__(
+        self,
+        *,
+        sketches: _abc.Iterable[Global___Sketch] | None = ...,
+        queries: _abc.Iterable[Global___QuerySummary] | None = ...,
+        index: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "queries", b"queries", "sketches", b"sketches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SketchQueriesResponse: _TypeAlias = SketchQueriesResponse  # noqa: Y015

@@ -43,6 +43,11 @@ class AttributionStub(object):
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.GetIndexRequest.SerializeToString,
                 response_deserializer=loopsway_dot_v1_dot_attribution__pb2.GetIndexResponse.FromString,
                 _registered_method=True)
+        self.ListIndices = channel.unary_unary(
+                '/loopsway.v1.Attribution/ListIndices',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.ListIndicesRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.ListIndicesResponse.FromString,
+                _registered_method=True)
         self.FindInfluences = channel.unary_unary(
                 '/loopsway.v1.Attribution/FindInfluences',
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.FindInfluencesRequest.SerializeToString,
@@ -52,6 +57,21 @@ class AttributionStub(object):
                 '/loopsway.v1.Attribution/GetTrajectories',
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesRequest.SerializeToString,
                 response_deserializer=loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesResponse.FromString,
+                _registered_method=True)
+        self.ScoreExamples = channel.unary_stream(
+                '/loopsway.v1.Attribution/ScoreExamples',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.ScoreExamplesRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.ScoreExamplesResponse.FromString,
+                _registered_method=True)
+        self.FindNeighbors = channel.unary_unary(
+                '/loopsway.v1.Attribution/FindNeighbors',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.FindNeighborsRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.FindNeighborsResponse.FromString,
+                _registered_method=True)
+        self.SketchQueries = channel.unary_unary(
+                '/loopsway.v1.Attribution/SketchQueries',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesResponse.FromString,
                 _registered_method=True)
 
 
@@ -64,6 +84,13 @@ class AttributionServicer(object):
 
     def GetIndex(self, request, context):
         """Describes an index: its size, how it was sketched, and what it can be asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListIndices(self, request, context):
+        """Lists the indices that this server answers from, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +110,29 @@ class AttributionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScoreExamples(self, request, context):
+        """Scores every training example on one query, or on the mean of several, in total and at each step. Streams each
+        ranking in order, the one over the whole loop first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindNeighbors(self, request, context):
+        """Finds the training examples whose gradients are most like those of some training examples. Compares stored codes
+        alone: no model runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SketchQueries(self, request, context):
+        """Sketches queries, so that the same may be asked about again at no model call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttributionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +140,11 @@ def add_AttributionServicer_to_server(servicer, server):
                     servicer.GetIndex,
                     request_deserializer=loopsway_dot_v1_dot_attribution__pb2.GetIndexRequest.FromString,
                     response_serializer=loopsway_dot_v1_dot_attribution__pb2.GetIndexResponse.SerializeToString,
+            ),
+            'ListIndices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListIndices,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.ListIndicesRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.ListIndicesResponse.SerializeToString,
             ),
             'FindInfluences': grpc.unary_unary_rpc_method_handler(
                     servicer.FindInfluences,
@@ -100,6 +155,21 @@ def add_AttributionServicer_to_server(servicer, server):
                     servicer.GetTrajectories,
                     request_deserializer=loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesRequest.FromString,
                     response_serializer=loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesResponse.SerializeToString,
+            ),
+            'ScoreExamples': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScoreExamples,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.ScoreExamplesRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.ScoreExamplesResponse.SerializeToString,
+            ),
+            'FindNeighbors': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindNeighbors,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.FindNeighborsRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.FindNeighborsResponse.SerializeToString,
+            ),
+            'SketchQueries': grpc.unary_unary_rpc_method_handler(
+                    servicer.SketchQueries,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +203,33 @@ class Attribution(object):
             '/loopsway.v1.Attribution/GetIndex',
             loopsway_dot_v1_dot_attribution__pb2.GetIndexRequest.SerializeToString,
             loopsway_dot_v1_dot_attribution__pb2.GetIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListIndices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loopsway.v1.Attribution/ListIndices',
+            loopsway_dot_v1_dot_attribution__pb2.ListIndicesRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.ListIndicesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -187,6 +284,87 @@ class Attribution(object):
             '/loopsway.v1.Attribution/GetTrajectories',
             loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesRequest.SerializeToString,
             loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreExamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loopsway.v1.Attribution/ScoreExamples',
+            loopsway_dot_v1_dot_attribution__pb2.ScoreExamplesRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.ScoreExamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindNeighbors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loopsway.v1.Attribution/FindNeighbors',
+            loopsway_dot_v1_dot_attribution__pb2.FindNeighborsRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.FindNeighborsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SketchQueries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loopsway.v1.Attribution/SketchQueries',
+            loopsway_dot_v1_dot_attribution__pb2.SketchQueriesRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.SketchQueriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

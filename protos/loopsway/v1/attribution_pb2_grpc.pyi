@@ -45,10 +45,22 @@ class AttributionStub:
     def __new__(cls, channel: _aio.Channel) -> AttributionAsyncStub: ...
     GetIndex: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.GetIndexRequest, _attribution_pb2.GetIndexResponse]
     """Describes an index: its size, how it was sketched, and what it can be asked."""
+    ListIndices: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.ListIndicesRequest, _attribution_pb2.ListIndicesResponse]
+    """Lists the indices that this server answers from, by name."""
     FindInfluences: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.FindInfluencesRequest, _attribution_pb2.FindInfluencesResponse]
     """Ranks, for each query, the training examples with the strongest influence: over the whole loop and at each step."""
     GetTrajectories: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.GetTrajectoriesRequest, _attribution_pb2.GetTrajectoriesResponse]
     """Returns the influence of chosen training examples on each query, step by step, unranked."""
+    ScoreExamples: _grpc.UnaryStreamMultiCallable[_attribution_pb2.ScoreExamplesRequest, _attribution_pb2.ScoreExamplesResponse]
+    """Scores every training example on one query, or on the mean of several, in total and at each step. Streams each
+    ranking in order, the one over the whole loop first.
+    """
+    FindNeighbors: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.FindNeighborsRequest, _attribution_pb2.FindNeighborsResponse]
+    """Finds the training examples whose gradients are most like those of some training examples. Compares stored codes
+    alone: no model runs.
+    """
+    SketchQueries: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.SketchQueriesRequest, _attribution_pb2.SketchQueriesResponse]
+    """Sketches queries, so that the same may be asked about again at no model call."""
 
 @_typing.type_check_only
 class AttributionAsyncStub(AttributionStub):
@@ -61,10 +73,22 @@ class AttributionAsyncStub(AttributionStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetIndex: _aio.UnaryUnaryMultiCallable[_attribution_pb2.GetIndexRequest, _attribution_pb2.GetIndexResponse]  # type: ignore[assignment]
     """Describes an index: its size, how it was sketched, and what it can be asked."""
+    ListIndices: _aio.UnaryUnaryMultiCallable[_attribution_pb2.ListIndicesRequest, _attribution_pb2.ListIndicesResponse]  # type: ignore[assignment]
+    """Lists the indices that this server answers from, by name."""
     FindInfluences: _aio.UnaryUnaryMultiCallable[_attribution_pb2.FindInfluencesRequest, _attribution_pb2.FindInfluencesResponse]  # type: ignore[assignment]
     """Ranks, for each query, the training examples with the strongest influence: over the whole loop and at each step."""
     GetTrajectories: _aio.UnaryUnaryMultiCallable[_attribution_pb2.GetTrajectoriesRequest, _attribution_pb2.GetTrajectoriesResponse]  # type: ignore[assignment]
     """Returns the influence of chosen training examples on each query, step by step, unranked."""
+    ScoreExamples: _aio.UnaryStreamMultiCallable[_attribution_pb2.ScoreExamplesRequest, _attribution_pb2.ScoreExamplesResponse]  # type: ignore[assignment]
+    """Scores every training example on one query, or on the mean of several, in total and at each step. Streams each
+    ranking in order, the one over the whole loop first.
+    """
+    FindNeighbors: _aio.UnaryUnaryMultiCallable[_attribution_pb2.FindNeighborsRequest, _attribution_pb2.FindNeighborsResponse]  # type: ignore[assignment]
+    """Finds the training examples whose gradients are most like those of some training examples. Compares stored codes
+    alone: no model runs.
+    """
+    SketchQueries: _aio.UnaryUnaryMultiCallable[_attribution_pb2.SketchQueriesRequest, _attribution_pb2.SketchQueriesResponse]  # type: ignore[assignment]
+    """Sketches queries, so that the same may be asked about again at no model call."""
 
 class AttributionServicer(metaclass=_abc_1.ABCMeta):
     """Answers which training examples shaped an answer, from indices that were built before.
@@ -82,6 +106,14 @@ class AttributionServicer(metaclass=_abc_1.ABCMeta):
         """Describes an index: its size, how it was sketched, and what it can be asked."""
 
     @_abc_1.abstractmethod
+    def ListIndices(
+        self,
+        request: _attribution_pb2.ListIndicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attribution_pb2.ListIndicesResponse, _abc.Awaitable[_attribution_pb2.ListIndicesResponse]]:
+        """Lists the indices that this server answers from, by name."""
+
+    @_abc_1.abstractmethod
     def FindInfluences(
         self,
         request: _attribution_pb2.FindInfluencesRequest,
@@ -96,5 +128,33 @@ class AttributionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_attribution_pb2.GetTrajectoriesResponse, _abc.Awaitable[_attribution_pb2.GetTrajectoriesResponse]]:
         """Returns the influence of chosen training examples on each query, step by step, unranked."""
+
+    @_abc_1.abstractmethod
+    def ScoreExamples(
+        self,
+        request: _attribution_pb2.ScoreExamplesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_attribution_pb2.ScoreExamplesResponse], _abc.AsyncIterator[_attribution_pb2.ScoreExamplesResponse]]:
+        """Scores every training example on one query, or on the mean of several, in total and at each step. Streams each
+        ranking in order, the one over the whole loop first.
+        """
+
+    @_abc_1.abstractmethod
+    def FindNeighbors(
+        self,
+        request: _attribution_pb2.FindNeighborsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attribution_pb2.FindNeighborsResponse, _abc.Awaitable[_attribution_pb2.FindNeighborsResponse]]:
+        """Finds the training examples whose gradients are most like those of some training examples. Compares stored codes
+        alone: no model runs.
+        """
+
+    @_abc_1.abstractmethod
+    def SketchQueries(
+        self,
+        request: _attribution_pb2.SketchQueriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attribution_pb2.SketchQueriesResponse, _abc.Awaitable[_attribution_pb2.SketchQueriesResponse]]:
+        """Sketches queries, so that the same may be asked about again at no model call."""
 
 def add_AttributionServicer_to_server(servicer: AttributionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,7 @@ What stands behind it trusts the values. Each refusal names the field, in the pr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from loopsway.indexer import Index
 from loopsway.indexer.config import Resolve
+from loopsway.indexer.curation.neighbors import By
+from loopsway.indexer.curation.score_table import Fractions
 from loopsway.indexer.search.index import TrajectoryResolve
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
@@ -30,6 +33,12 @@ _RESOLVE: dict[int, TrajectoryResolve] = {
     pb.RESOLVE_MODE_STEP_MATRIX: "step_matrix",
 }
 
+_SIMILARITY: dict[int, By] = {
+    pb.SIMILARITY_UNSPECIFIED: "cosine",
+    pb.SIMILARITY_COSINE: "cosine",
+    pb.SIMILARITY_INNER_PRODUCT: "inner_product",
+}
+
 
 def queries_from(queries: Sequence[pb.Query], index: Index, settings: Settings) -> list[Query]:
     """The request's queries, at least one."""
@@ -42,11 +51,55 @@ def queries_from(queries: Sequence[pb.Query], index: Index, settings: Settings) 
     return [_query(query, f"queries[{i}]", index, settings) for i, query in enumerate(queries)]
 
 
-def k_from(request: pb.FindInfluencesRequest, settings: Settings) -> int:
+def k_from(request: pb.FindInfluencesRequest | pb.FindNeighborsRequest, settings: Settings) -> int:
     k = request.k if request.HasField("k") else DEFAULT_K
     if not 1 <= k <= settings.max_k:
         raise InvalidFieldError(f"k is {k}, expected 1 to {settings.max_k}, or unset for {DEFAULT_K}", field="k")
     return k
+
+
+def fractions_from(request: pb.ScoreExamplesRequest) -> Fractions:
+    """Which part of each ranking to return."""
+    top = request.top_share if request.HasField("top_share") else None
+    bottom = request.bottom_share if request.HasField("bottom_share") else None
+    for field, share in (("top_share", top), ("bottom_share", bottom)):
+        if share is not None and not 0 < share <= 1:
+            raise InvalidFieldError(f"{field} is {share}, expected above 0 and at most 1", field=field)
+    return Fractions(top=top, bottom=bottom)
+
+
+def least_magnitude_from(request: pb.ScoreExamplesRequest) -> float:
+    if not 0 <= request.least_magnitude < math.inf:
+        raise InvalidFieldError(
+            f"least_magnitude is {request.least_magnitude}, expected a finite number >= 0", field="least_magnitude"
+        )
+    return request.least_magnitude
+
+
+def similarity_from(similarity: int) -> By:
+    by = _SIMILARITY.get(similarity)
+    if by is None:
+        raise InvalidFieldError(
+            f"similarity is {similarity}, which is no Similarity of this server", field="similarity"
+        )
+    return by
+
+
+def threshold_from(request: pb.FindNeighborsRequest) -> float | None:
+    if not request.HasField("threshold"):
+        return None
+    if not math.isfinite(request.threshold):
+        raise InvalidFieldError(f"threshold is {request.threshold}, expected a finite number", field="threshold")
+    return request.threshold
+
+
+def compared_ids_from(example_ids: Sequence[str], settings: Settings) -> list[str]:
+    """Of the examples whose neighbors are asked for."""
+    if not 1 <= len(example_ids) <= settings.max_queries:
+        raise InvalidFieldError(
+            f"{len(example_ids)} example ids, expected 1 to {settings.max_queries}", field="example_ids"
+        )
+    return list(example_ids)
 
 
 def resolve_from(resolve: int) -> Resolve:

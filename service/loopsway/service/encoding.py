@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct
 
-from loopsway.indexer import Index, Influencers, Ranked
+from loopsway.indexer import Index, Influencers, Neighbors, Ranked
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
 
 from .engine import Engine, Influences, Trajectories
 from .queries import ResolvedQuery
+from .stretches import Stretch
 
 # Beyond it, a double skips whole numbers.
 MAX_EXACT_INTEGER = 1 << 53
 
 
-def index_response(engine: Engine) -> pb.GetIndexResponse:
+def index_message(engine: Engine) -> pb.Index:
+    """Measures the index's size on disk: not for the event loop."""
     index = engine.index
     message = pb.Index(
         name=index.name,
@@ -42,7 +44,7 @@ def index_response(engine: Engine) -> pb.GetIndexResponse:
         accepts_examples=engine.accepts_examples,
     )
     message.create_time.FromDatetime(datetime.fromisoformat(index.created_at))
-    return pb.GetIndexResponse(index=message)
+    return message
 
 
 def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindInfluencesResponse:
@@ -70,6 +72,54 @@ def trajectories_response(answer: Trajectories, index: Index) -> pb.GetTrajector
         index=index.name,
         generation=index.generation,
         fingerprint=index.fingerprint,
+    )
+
+
+def scores_responses(
+    queries: Sequence[ResolvedQuery], parts: Iterator[Stretch], index: Index
+) -> Iterator[pb.ScoreExamplesResponse]:
+    """A message for each stretch."""
+    for number, part in enumerate(parts):
+        yield pb.ScoreExamplesResponse(
+            step=part.step,
+            first_rank=part.first_rank,
+            example_ids=index.examples["id"].take(part.rows).to_pylist(),
+            influences=to_tensor(part.influences),
+            standard_errors=to_tensor(part.standard_errors),
+            queries=[_query_message(query) for query in queries] if not number else [],
+            index=index.name,
+            generation=index.generation,
+            fingerprint=index.fingerprint,
+        )
+
+
+def neighbors_response(found: Sequence[Neighbors], index: Index) -> pb.FindNeighborsResponse:
+    results = []
+    for each in found:
+        columns = (each.rows.tolist(), each.similarities.tolist(), each.standard_errors.tolist())
+        messages = []
+        for row, similarity, error in zip(*columns, strict=True):
+            example = index.example(row)
+            messages.append(
+                pb.Neighbor(
+                    example_id=example.id,
+                    description=example.description,
+                    metadata=metadata_struct(example.metadata),
+                    similarity=similarity,
+                    standard_error=error,
+                )
+            )
+        results.append(pb.ExampleNeighbors(neighbors=messages))
+    return pb.FindNeighborsResponse(
+        results=results, index=index.name, generation=index.generation, fingerprint=index.fingerprint
+    )
+
+
+def sketches_response(queries: Sequence[ResolvedQuery], index: Index) -> pb.SketchQueriesResponse:
+    return pb.SketchQueriesResponse(
+        sketches=[pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(query.sketch)) for query in queries],
+        queries=[_query_message(query) for query in queries],
+        index=index.name,
     )
 
 

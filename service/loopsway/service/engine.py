@@ -16,8 +16,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from loopsway.indexer import FilterError, Index, IndexDamagedError, Ranking
+from loopsway.indexer import FilterError, Index, IndexDamagedError, Neighbors, Ranking, Scores, find_neighbors
 from loopsway.indexer.config import Resolve
+from loopsway.indexer.curation.neighbors import By
 from loopsway.indexer.search.index import TrajectoryResolve
 
 from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnknownNameError
@@ -111,6 +112,51 @@ class Engine:
             influences, errors = await self._in_thread(lambda: self._trajectories(resolved, example_ids, resolve))
         return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
 
+    async def scores(
+        self, queries: Sequence[Query], *, resolve: Resolve, where: str | None
+    ) -> tuple[list[ResolvedQuery], Scores]:
+        """Influences of every example on the mean of the queries; arguments as for `Index.scores`.
+
+        Raises:
+            RequestError: the request can't be answered, or not now.
+        """
+        with self._place():
+            resolved = await self._resolve(queries)
+            return resolved, await self._in_thread(lambda: self._scores(resolved, resolve, where))
+
+    async def neighbors(
+        self,
+        example_ids: Sequence[str],
+        *,
+        k: int,
+        by: By,
+        step: int | None,
+        threshold: float | None,
+        where: str | None,
+    ) -> list[Neighbors]:
+        """The examples most like each of these; arguments as for `find_neighbors`.
+
+        Raises:
+            RequestError: the request can't be answered, or not now.
+        """
+        self._check_ids(example_ids)
+
+        def find() -> list[Neighbors]:
+            with _refusing("step"):
+                return find_neighbors(self.index, example_ids, k, by=by, step=step, threshold=threshold, where=where)
+
+        with self._place():
+            return await self._in_thread(find)
+
+    async def sketches(self, queries: Sequence[Query]) -> list[ResolvedQuery]:
+        """What the queries are resolved to.
+
+        Raises:
+            RequestError: the request can't be answered, or not now.
+        """
+        with self._place():
+            return await self._resolve(queries)
+
     async def warm_up(self) -> None:
         """Searches once and answers one query, so that no request pays for what happens but once."""
         await self._in_thread(self.index.warm_up)
@@ -181,6 +227,17 @@ class Engine:
                 found = self.index.search(sketches, k=k, resolve=resolve, steps=steps, where=where)
             rankings |= zip(rows, found, strict=True)
         return [rankings[row] for row in range(len(queries))]
+
+    def _scores(self, queries: Sequence[ResolvedQuery], resolve: Resolve, where: str | None) -> Scores:
+        counts = sorted({query.num_steps for query in queries})
+        if len(counts) > 1:
+            raise InvalidFieldError(
+                f"the queries have different numbers of steps, {counts}, and no mean; ask in separate requests",
+                field="queries",
+            )
+        mean = np.mean([query.sketch for query in queries], axis=0, dtype=np.float64).astype(np.float32)
+        with _refusing("resolve"):
+            return self.index.scores(mean, resolve, where=where)
 
     def _trajectories(
         self, queries: Sequence[ResolvedQuery], example_ids: Sequence[str], resolve: TrajectoryResolve

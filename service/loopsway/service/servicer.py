@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -27,9 +27,11 @@ from . import decoding, encoding
 from .engine import Engine
 from .errors import InvalidFieldError, PreconditionError, QueueFullError, RequestError, UnknownNameError
 from .settings import Settings
+from .stretches import stretches
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response", bound=Message)
+_Answer = TypeVar("_Answer")
 
 _CODES: dict[type[RequestError], grpc.StatusCode] = {
     InvalidFieldError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -57,10 +59,18 @@ class Servicer(AttributionServicer):
         self, request: pb.GetIndexRequest, context: Any
     ) -> pb.GetIndexResponse:
         async def answer() -> pb.GetIndexResponse:
-            # Its size is measured on disk.
-            return await asyncio.to_thread(encoding.index_response, self._engine(request.index))
+            return pb.GetIndexResponse(index=await self._described(self._engine(request.index)))
 
         return await self._answer("GetIndex", request.index, 0, context, answer)
+
+    async def ListIndices(  # noqa: N802  # the proto's name
+        self, request: pb.ListIndicesRequest, context: Any
+    ) -> pb.ListIndicesResponse:
+        async def answer() -> pb.ListIndicesResponse:
+            names = sorted(self._engines)
+            return pb.ListIndicesResponse(indices=[await self._described(self._engines[name]) for name in names])
+
+        return await self._answer("ListIndices", "", 0, context, answer)
 
     async def FindInfluences(  # noqa: N802  # the proto's name
         self, request: pb.FindInfluencesRequest, context: Any
@@ -74,6 +84,29 @@ class Servicer(AttributionServicer):
     ) -> pb.GetTrajectoriesResponse:
         return await self._answer(
             "GetTrajectories", request.index, len(request.queries), context, lambda: self._get_trajectories(request)
+        )
+
+    async def ScoreExamples(  # noqa: N802  # the proto's name
+        self, request: pb.ScoreExamplesRequest, context: Any
+    ) -> AsyncIterator[pb.ScoreExamplesResponse]:
+        responses = await self._answer(
+            "ScoreExamples", request.index, len(request.queries), context, lambda: self._score_examples(request)
+        )
+        while (response := await asyncio.to_thread(next, responses, None)) is not None:
+            yield response
+
+    async def FindNeighbors(  # noqa: N802  # the proto's name
+        self, request: pb.FindNeighborsRequest, context: Any
+    ) -> pb.FindNeighborsResponse:
+        return await self._answer(
+            "FindNeighbors", request.index, len(request.example_ids), context, lambda: self._find_neighbors(request)
+        )
+
+    async def SketchQueries(  # noqa: N802  # the proto's name
+        self, request: pb.SketchQueriesRequest, context: Any
+    ) -> pb.SketchQueriesResponse:
+        return await self._answer(
+            "SketchQueries", request.index, len(request.queries), context, lambda: self._sketch_queries(request)
         )
 
     async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
@@ -106,6 +139,35 @@ class Servicer(AttributionServicer):
         answer = await engine.trajectories(queries, example_ids, resolve)
         return self._fitting(encoding.trajectories_response(answer, engine.index), "example_ids")
 
+    async def _score_examples(self, request: pb.ScoreExamplesRequest) -> Iterator[pb.ScoreExamplesResponse]:
+        engine = self._engine(request.index)
+        resolve = decoding.resolve_from(request.resolve)
+        fractions, least = decoding.fractions_from(request), decoding.least_magnitude_from(request)
+        queries = decoding.queries_from(request.queries, engine.index, self._settings)
+        resolved, scores = await engine.scores(queries, resolve=resolve, where=request.where or None)
+        return encoding.scores_responses(resolved, stretches(scores, fractions, least), engine.index)
+
+    async def _find_neighbors(self, request: pb.FindNeighborsRequest) -> pb.FindNeighborsResponse:
+        engine, settings = self._engine(request.index), self._settings
+        example_ids = decoding.compared_ids_from(request.example_ids, settings)
+        found = await engine.neighbors(
+            example_ids,
+            k=decoding.k_from(request, settings),
+            by=decoding.similarity_from(request.similarity),
+            step=request.step if request.HasField("step") else None,
+            threshold=decoding.threshold_from(request),
+            where=request.where or None,
+        )
+        return self._fitting(await asyncio.to_thread(encoding.neighbors_response, found, engine.index), "k")
+
+    async def _sketch_queries(self, request: pb.SketchQueriesRequest) -> pb.SketchQueriesResponse:
+        engine = self._engine(request.index)
+        queries = decoding.queries_from(request.queries, engine.index, self._settings)
+        return self._fitting(encoding.sketches_response(await engine.sketches(queries), engine.index), "queries")
+
+    async def _described(self, engine: Engine) -> pb.Index:
+        return await asyncio.to_thread(encoding.index_message, engine)
+
     def _engine(self, name: str) -> Engine:
         if not name and len(self._engines) == 1:
             return next(iter(self._engines.values()))
@@ -126,8 +188,8 @@ class Servicer(AttributionServicer):
         return response
 
     async def _answer(
-        self, method: str, index: str, queries: int, context: Any, answer: Callable[[], Awaitable[_Response]]
-    ) -> _Response:
+        self, method: str, index: str, queries: int, context: Any, answer: Callable[[], Awaitable[_Answer]]
+    ) -> _Answer:
         """Runs `answer`, writes its line in the log, and gives a failure its status."""
         start, code = time.monotonic(), "CANCELLED"
         try:

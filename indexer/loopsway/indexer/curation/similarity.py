@@ -29,7 +29,7 @@ def agreements(codes: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:
         differing = np.asarray(numkong.hammings_packed(codes, numkong.hammings_pack(others)))
         return 1 - differing.astype(np.float32) * np.float32(2 / (8 * codes.shape[1]))
     values, compared = (_unit(each, bits) for each in (codes, others))
-    return (values @ compared.T).numpy()
+    return (values @ compared.T).float().numpy()
 
 
 def cosines(agreement: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +48,8 @@ def cosines(agreement: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, n
 
 
 def _unit(codes: np.ndarray, bits: int) -> torch.Tensor:
-    values = torch.from_numpy(decode(codes, np.ones(len(codes), np.float32), bits))
+    """Float64, so that rounding does not depend on what is multiplied beside."""
+    values = torch.from_numpy(decode(codes, np.ones(len(codes), np.float32), bits)).double()
     return torch.nn.functional.normalize(values, dim=1)
 
 
