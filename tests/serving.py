@@ -79,4 +79,5 @@ def new_engine(path: Path, settings: Settings, *, model: bool = True) -> tuple[E
     if not model:
         return Engine(index, settings=settings), task
     sketcher = ExampleSketcher(task, index.config)
-    return Engine(index, QueryModel(task, sketcher, index, batch_size=8), settings=settings), task
+    model_of = QueryModel(task, sketcher, index, batch_size=8, batch_delay_s=settings.batch_delay_s)
+    return Engine(index, model_of, settings=settings), task

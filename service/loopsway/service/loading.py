@@ -47,4 +47,5 @@ def load_engine(
         task, sketcher = load_sketcher(index, task_spec, task_arguments, device=device)
     except LoadError as error:
         raise LoadError(f"{error}. To serve sketches alone, without the task, give --no-model") from error
-    return Engine(index, QueryModel(task, sketcher, index, batch_size=settings.batch_size), settings=settings)
+    model_of = QueryModel(task, sketcher, index, batch_size=settings.batch_size, batch_delay_s=settings.batch_delay_s)
+    return Engine(index, model_of, settings=settings)

@@ -10,11 +10,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 from loopsway.indexer import ExampleSketcher, Index, Task, TaskError
 
-from .errors import InvalidFieldError, PreconditionError, UnknownNameError
+from .batching import Batcher
+from .errors import InvalidFieldError, PreconditionError, RequestError, UnknownNameError
 from .queries import ExampleQuery, IdQuery, ResolvedQuery
 
 ModelQuery: TypeAlias = ExampleQuery | IdQuery
@@ -30,35 +32,39 @@ class QueryModel:
         task: whose code reads and runs the examples.
         sketcher: of the same task, with the fingerprint of `index`.
         index: whose ids queries may name.
-        batch_size: examples in one forward and backward.
+        batch_size: examples in one forward and backward, of one request or several.
+        batch_delay_s: as `Batcher`'s.
     """
 
-    def __init__(self, task: Task, sketcher: ExampleSketcher, index: Index, *, batch_size: int) -> None:
+    def __init__(
+        self, task: Task, sketcher: ExampleSketcher, index: Index, *, batch_size: int, batch_delay_s: float = 0.0
+    ) -> None:
         self._task, self._sketcher, self._index = task, sketcher, index
         self._examples = task.examples()
-        self._batch_size = batch_size
         # One thread, because hooks on one model can't serve two callers. A cancelled request's waiting calls are
         # dropped from its queue unstarted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{index.name}")
+        self._batches: Batcher[ModelQuery, ResolvedQuery | RequestError] = Batcher(
+            self._answer, batch_size=batch_size, delay_s=batch_delay_s
+        )
 
     async def resolve(self, queries: Sequence[ModelQuery]) -> list[ResolvedQuery]:
-        """Sketches the queries, `batch_size` in one model call.
+        """Sketches the queries, together with those of other requests that wait.
 
         Raises:
             InvalidFieldError: a query is none that the task can read or run.
             UnknownNameError: an id is not in the index.
             PreconditionError: the task can't answer this kind of query.
         """
-        examples = await self._run(lambda: [self._example(query) for query in queries])
-        resolved: list[ResolvedQuery] = []
-        for start in range(0, len(queries), self._batch_size):
-            part = slice(start, start + self._batch_size)
-            resolved += await self._sketch(examples[part], [query.field for query in queries[part]])
-        return resolved
+        found = await self._batches.run(queries)
+        return [_sketched(each, query.field) for each, query in zip(found, queries, strict=True)]
 
     async def warm_up(self) -> ResolvedQuery:
-        """Runs the model once on an indexed example, so that no request pays for first-call costs."""
-        return (await self._sketch([self._examples[0]], [""]))[0]
+        """Runs the model on an indexed example and on two, so that no request pays for what a first batch costs."""
+        (first,) = await self._run(lambda: self._sketch([self._examples[0]]))
+        with suppress(ValueError):  # examples of unequal steps share no batch
+            await self._run(lambda: self._sketch([self._examples[row] for row in range(min(2, len(self._examples)))]))
+        return first
 
     def close(self) -> None:
         """Waits for a running model call; drops waiting ones."""
@@ -67,18 +73,22 @@ class QueryModel:
     async def _run(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _sketch(self, examples: Sequence[Any], fields: Sequence[str]) -> list[ResolvedQuery]:
-        try:
-            return await self._run(lambda: self._sketch_batch(examples))
-        except TaskError:
-            raise
-        except ValueError as error:
-            if len(examples) == 1:
-                raise InvalidFieldError(f"the model can't run this example: {error}", field=fields[0]) from error
-        # One by one: to name the example at fault, and because examples of unequal steps share no batch.
-        return [(await self._sketch([example], [field]))[0] for example, field in zip(examples, fields, strict=True)]
+    async def _answer(self, queries: Sequence[ModelQuery]) -> list[ResolvedQuery | RequestError]:
+        return await self._run(lambda: self._read_and_sketch(queries))
 
-    def _sketch_batch(self, examples: Sequence[Any]) -> list[ResolvedQuery]:
+    def _read_and_sketch(self, queries: Sequence[ModelQuery]) -> list[ResolvedQuery | RequestError]:
+        """Each query's sketch, or what it is refused for."""
+        examples: dict[int, Any] = {}
+        refused: dict[int, RequestError] = {}
+        for place, query in enumerate(queries):
+            try:
+                examples[place] = self._example(query)
+            except RequestError as error:
+                refused[place] = error
+        sketched = dict(zip(examples, self._sketch(list(examples.values())) if examples else [], strict=True))
+        return [refused[place] if place in refused else sketched[place] for place in range(len(queries))]
+
+    def _sketch(self, examples: Sequence[Any]) -> list[ResolvedQuery]:
         sketches = self._sketcher.sketch(examples)
         values, losses = sketches.values.numpy(), sketches.losses.numpy()  # [B, S, W], [K, B]
         return [
@@ -122,3 +132,12 @@ class QueryModel:
             raise InvalidFieldError(
                 f"not an example of {name}: its example_from_json could not read this JSON", field=query.field
             ) from error
+
+
+def _sketched(found: ResolvedQuery | BaseException, field: str) -> ResolvedQuery:
+    """A query's sketch, unless the request is refused for it."""
+    if isinstance(found, ValueError) and not isinstance(found, TaskError | RequestError):
+        raise InvalidFieldError(f"the model can't run this example: {found}", field=field) from found
+    if isinstance(found, BaseException):
+        raise found
+    return found

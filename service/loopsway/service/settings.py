@@ -21,7 +21,9 @@ class Settings:
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
         retry_after_s: seconds after which they are told to.
-        batch_size: examples in one forward and backward of the model.
+        batch_size: examples in one forward and backward of the model, of one request or several.
+        batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
+            the one before it ran.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.
     """
@@ -38,13 +40,14 @@ class Settings:
     max_waiting: int = 64
     retry_after_s: float = 1.0
     batch_size: int = 32
+    batch_delay_s: float = 0.0
     search_threads: int = 2
     grace_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port is {self.port}, expected 0 to 65535 (0: any free one)")
-        may_be_zero = {"port", "max_waiting", "grace_s"}
+        may_be_zero = {"port", "max_waiting", "batch_delay_s", "grace_s"}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, str | bool) or (field.name in may_be_zero and value >= 0):
