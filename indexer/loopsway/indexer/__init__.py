@@ -8,8 +8,9 @@ from .building.blocks import NonFiniteExampleError
 from .building.build import add_examples, build_index
 from .building.editing import compact_index, delete_examples, prune_index
 from .building.export import export_index
+from .building.recall import RecallError
 from .building.verification import Damage, verify_index
-from .config import Checkpoint, Loop, SketchConfig
+from .config import Approximation, Checkpoint, Loop, SketchConfig
 from .search.filters import FilterError
 from .search.index import Index, UnknownExampleError, open_index
 from .search.ranking import Example, Influencers, Ranked, Ranking
@@ -23,6 +24,7 @@ from .store.manifest import IndexExistsError, IndexNotFoundError
 from .task import Task, TaskError, is_shipped, load_task
 
 __all__ = [
+    "Approximation",
     "Checkpoint",
     "Damage",
     "Example",
@@ -39,6 +41,7 @@ __all__ = [
     "PlanEntry",
     "Ranked",
     "Ranking",
+    "RecallError",
     "SketchConfig",
     "StepSketcher",
     "StoppedError",
