@@ -74,10 +74,10 @@ class Shards:
         Raises:
             ValueError: FAISS can't be trained on these rows.
         """
-        plan, scale = self._generation.plan, _scale(decoded.norms, self._generation.plan.config.bits)
-        written = {}
+        plan, written = self._generation.plan, {}
         for shard, rows in enumerate(self._rows):
             index = faiss_index.new_index(self._factory, plan.width, plan.config.bits, len(rows))
+            scale = _scale(decoded.norms, tiny_is_zero=faiss_index.takes_tiny_for_zero(index))
             extremes = partial(_extremes, decoded.blocks, rows, scale)
             faiss_index.train(index, extremes, partial(_sample, decoded.rows, rows, scale))
             for block in decoded.blocks(rows):
@@ -165,13 +165,13 @@ def _most_candidates(num_rows: int, k: int) -> int:
     return max(_candidates(k), int(num_rows * MOST_CANDIDATES))
 
 
-def _scale(norms: np.ndarray, bits: int) -> np.float32:
-    """What rows are multiplied by: FAISS takes a row of norm below 3e-4 for zero, and float16 ends at 65,504."""
+def _scale(norms: np.ndarray, *, tiny_is_zero: bool) -> np.float32:
+    """What rows are multiplied by: float16 ends at 65,504, and some indices take tiny rows for zero."""
     live = norms[norms > 0]
     if not len(live):
         return np.float32(1)
     largest = float(live.max())
-    return np.float32(1 / max(float(live.min()), largest / 1e15) if bits == 1 else 1 / largest)
+    return np.float32(1 / max(float(live.min()), largest / 1e15) if tiny_is_zero else 1 / largest)
 
 
 def _extremes(blocks: Callable[[range], Iterable[np.ndarray]], rows: range, scale: np.float32) -> np.ndarray:
