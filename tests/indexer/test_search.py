@@ -200,10 +200,12 @@ class Unequal(LoopedTask):
         return super().losses(model, batch) * 10.0 ** -(batch["tokens"].sum(1) % 10)
 
 
-@pytest.mark.parametrize("bits", [1, 8, 32])
-def test_rows_of_very_unequal_norms_are_all_found(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "factory"), [(1, None), (8, None), (32, None), (1, "SQfp16"), (16, "RaBitQ"), (1, "IVF4,RaBitQ")]
+)
+def test_rows_of_very_unequal_norms_are_all_found(tmp_path: Path, bits: int, factory: str | None) -> None:
     task, config = Unequal(count=400), SketchConfig(width=WIDTH, bits=bits)
-    index = build_index(task, tmp_path / "unequal.index", config, progress=False)
+    index = build_index(task, tmp_path / "unequal.index", config, faiss=factory, progress=False)
     assert index.total_norms().max() / index.total_norms().min() > 1e8
     assert index.recall["recall@10"] > 0.99
     queries = ExampleSketcher(task, config).sketch(task.examples()[:8]).values.numpy()

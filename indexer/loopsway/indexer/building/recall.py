@@ -152,8 +152,9 @@ def _held_out(slot: Slot) -> _Asked:
 def _meeting(step: int | None, vectors: np.ndarray, num_steps: int) -> np.ndarray:
     """What meets a slot under any way to resolve, float32 [M, W]."""
     query_steps = vectors.shape[1] - 1
-    ways: list[Resolve] = ["query_step", "train_step"]
-    ways += ["same_step"] if query_steps == num_steps else []
+    ways: tuple[Resolve, ...] = ("query_step", "train_step")
+    if query_steps == num_steps:
+        ways = (*ways, "same_step")
     met = {pair.query for way in ways for pair in pairs(way, num_steps, query_steps) if pair.slot == step}
     met |= {TOTAL} if step is None else set()
     return vectors[:, sorted(met)].reshape(-1, vectors.shape[2])

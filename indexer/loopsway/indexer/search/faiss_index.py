@@ -131,6 +131,23 @@ def num_cells(index: Any) -> int:
     return next((each.nlist for each in _layers(index) if hasattr(each, "nlist")), 1)
 
 
+def is_exhaustive(index: Any) -> bool:
+    """Whether a search compares every row."""
+    return num_cells(index) == 1 and not _is_graph(index)
+
+
+def _is_graph(index: Any) -> bool:
+    return any(type(each).__name__ in _GRAPHS for each in _layers(index))
+
+
+def least_share(index: Any) -> float:
+    """The least share of rows that may be kept for a search within them to find what one without a filter does.
+
+    A walk in a graph stays among the rows that it would find without a filter; cells are only visited further on.
+    """
+    return 0.9 if _is_graph(index) else 0.25
+
+
 def search(index: Any, queries: np.ndarray, count: int, *, reach: int, kept: np.ndarray | None) -> np.ndarray:
     """Rows that score highest, as the index sees it.
 

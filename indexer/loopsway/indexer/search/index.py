@@ -309,7 +309,8 @@ class Index:
             steps: only these; None: all.
             where: a filter over the examples (filters.py), which the search is done within; None: all.
             exact: whether every stored code is read, which finds the exact top k; False takes the candidates of the
-                FAISS indices, as many as the build found to be enough. The answer's `recall` says which it was.
+                FAISS indices, as many as the build found to be enough, unless `where` leaves too few rows for them. The
+                answer's `recall` says which it was.
 
         Returns:
             A Ranking, or a list of Q of them.

@@ -4,11 +4,13 @@ N rows, M queries, W width, k results of each sign.
 
 A slot has a FAISS index, and a file, for each *shard* of its rows, so that building one takes bounded memory. It holds
 the decoded rows, all multiplied by one number. What an approximate search may cost is its *effort*, a power of two that
-multiplies the cells that are visited, the share of a graph that is walked, and the candidates that are scored again.
+multiplies the cells that are visited or the part of a graph that is walked, and the candidates that are scored again:
+these by its square root where there are cells or a graph, which are then what falls short first.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from . import faiss_index
 
 FOLDER = "faiss"
 EXTRA_CANDIDATES = 32
-MOST_CANDIDATES = 1 / 4  # of a shard's rows: scoring more of them again costs more than a scan of all codes
+MOST_CANDIDATES = 1 / 4  # of a shard's rows: scoring so many of either sign again costs as much as a scan, or more
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
@@ -93,9 +95,17 @@ class Shards:
 
     def full_effort(self, k: int) -> int:
         """The least effort beyond which nothing more is searched for k results: every cell, all candidates."""
-        most = (_most_candidates(len(rows), k) / _candidates(k) for rows in self._rows)
-        needed = max(*most, *map(faiss_index.num_cells, self._opened()))
-        return 1 << int(np.ceil(np.log2(needed)))
+        effort = 1
+        while any(
+            effort < faiss_index.num_cells(index) or _num_candidates(index, k, effort) < _most_candidates(len(rows), k)
+            for index, rows in zip(self._opened(), self._rows, strict=True)
+        ):
+            effort *= 2
+        return effort
+
+    def can_search_within(self, kept: np.ndarray | None) -> bool:
+        """Whether what was measured of the indices holds within these rows, bool [N]; None: all."""
+        return kept is None or kept.mean() >= max(map(faiss_index.least_share, self._opened()))
 
     def candidates(self, queries: np.ndarray, k: int, *, effort: int, kept: np.ndarray | None) -> list[np.ndarray]:
         """Rows that can be among the k of largest, or of smallest, inner product with each query.
@@ -118,15 +128,15 @@ class Shards:
 
     def _of_shard(self, shard: int, queries: np.ndarray, k: int, effort: int, kept: np.ndarray | None) -> np.ndarray:
         """Rows that score highest, as the FAISS index sees it, int64 [M, n]; -1 for none."""
-        rows = self._rows[shard]
+        index, rows = self._opened()[shard], self._rows[shard]
         own = None if kept is None else kept[rows.start : rows.stop]
         num_kept = len(rows) if own is None else int(own.sum())
-        count = min(effort * _candidates(k), _most_candidates(len(rows), k))
+        count = min(_num_candidates(index, k, effort), _most_candidates(len(rows), k))
         if num_kept <= count:  # all of them: FAISS has nothing to say
             every = np.arange(len(rows)) if own is None else np.flatnonzero(own)
             return np.tile(every + rows.start, (len(queries), 1))
         reach = effort * len(rows) // num_kept  # so that as many rows that may be found are met as without a filter
-        found = faiss_index.search(self._opened()[shard], queries, count, reach=reach, kept=own)
+        found = faiss_index.search(index, queries, count, reach=reach, kept=own)
         return np.where(found < 0, -1, found + rows.start)
 
     def _opened(self) -> list[Any]:
@@ -156,13 +166,14 @@ def shard_rows(num_examples: int, bytes_of_a_row: int, block_rows: int) -> int:
     return -(-least // block_rows) * block_rows
 
 
-def _candidates(k: int) -> int:
-    """Of one shard, for one sign, at effort 1."""
-    return max(2 * k, k + EXTRA_CANDIDATES)
+def _num_candidates(index: Any, k: int, effort: int) -> int:
+    """Of one shard, for one sign."""
+    growth = effort if faiss_index.is_exhaustive(index) else math.sqrt(effort)
+    return math.ceil(growth * max(2 * k, k + EXTRA_CANDIDATES))
 
 
 def _most_candidates(num_rows: int, k: int) -> int:
-    return max(_candidates(k), int(num_rows * MOST_CANDIDATES))
+    return max(2 * k, k + EXTRA_CANDIDATES, int(num_rows * MOST_CANDIDATES))
 
 
 def _scale(norms: np.ndarray, *, tiny_is_zero: bool) -> np.float32:

@@ -99,7 +99,7 @@ class Slot:
             queries: float32 [M, W].
             k: at most this many of each; N if there are fewer.
             kept: bool [N], rows that may be found beside the deleted ones, which never are; None: all.
-            effort: of an approximate search (shards.py); None: every code is read.
+            effort: of an approximate search (shards.py), unless too few rows are kept; None: every code is read.
 
         Returns:
             For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row: the
@@ -110,7 +110,7 @@ class Slot:
         kept = self._kept if kept is None else kept
         if kept is not None and not kept.any():
             return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
-        if effort is not None:
+        if effort is not None and self._shards.can_search_within(kept):
             candidates = self._shards.candidates(queries, k, effort=effort, kept=kept)
             return in_threads(self._ranked, zip(candidates, queries, strict=True))
         parts = (queries[start : start + SCAN_QUERIES] for start in range(0, len(queries), SCAN_QUERIES))
@@ -151,6 +151,8 @@ class Slot:
     def _ranked(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of rows and a query: the rows and their scores, the largest first; equal ones by row."""
         rows, query = asked
+        if not len(rows):  # where no cell that FAISS visited holds one that may be found
+            return rows, np.empty(0, np.float32)
         if self._bits == 1:
             products = sign_products(self._generation.codes(self.step, rows), query)
             scores = (products * self.factors[rows]).astype(np.float32)
