@@ -344,6 +344,16 @@ def test_additions_and_compactions_keep_the_factory_and_the_floor(tmp_path: Path
     assert verify_index(path, progress=False) == []
 
 
+def test_an_addition_that_finds_too_little_leaves_the_index_as_it_is(tmp_path: Path) -> None:
+    path, task = tmp_path / "a.index", LoopedTask(count=COUNT)
+    build(path, task=SubsetTask(task, range(40)), faiss=HOPELESS)
+    assert min(open_index(path).recall["by_slot"].values()) == 1, "all rows of so few are candidates"
+    with pytest.raises(RecallError, match="additions and compactions keep those of their index"):
+        add_examples(SubsetTask(task, range(40, COUNT)), path, block_rows=64, progress=False)
+    assert (open_index(path).num_examples, open_index(path).generation) == (40, 1)
+    assert verify_index(path, progress=False) == []
+
+
 def test_a_finished_index_keeps_its_factory(tmp_path: Path) -> None:
     path = tmp_path / "a.index"
     build(path, faiss="IVF4,SQ8")

@@ -189,5 +189,5 @@ def _refusal(slot: Slot, approximation: Approximation, found: Measured) -> str:
         f"{factory} finds {share:.3f} of the {RECALL_K} strongest {sign} of {where}, on {kind.replace('_', '-')} "
         f"queries at full effort ({found.effort}); the recall floor is {approximation.recall_floor}. Nothing is "
         "published and all sketches are kept: run the same command with a finer factory (--faiss 'SQ8', or none) or a "
-        "lower --recall-floor"
+        "lower --recall-floor; additions and compactions keep those of their index, which is then to be built anew"
     )

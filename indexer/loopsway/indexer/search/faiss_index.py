@@ -20,7 +20,7 @@ QUERY_BITS = 8  # of a query that meets sign bits; 8 lose nothing measurable bef
 QUERY_PEAK = np.float32(1e4)  # long beside rows: an index around centres c is wrong in proportion to |query - c|
 GRAPH_CANDIDATES = 64  # that a search of a graph keeps at reach 1 (efSearch)
 POINTS_OF_A_CENTROID = 64  # FAISS warns below 39, and takes no more than 256
-TRAINING_BYTES = 256 << 20  # of decoded rows that are held to train on
+TRAINING_BYTES = 256 << 20  # of decoded rows that are held to train on: 8,192 rows of width 8,192
 WORKING = "'IVF256,SQ8', 'IVF256,PQ256x4fs', 'HNSW32,SQ8', 'SQfp16'"
 
 # What can be added to in order, scores by inner product, and passes over rows that are not selected.
@@ -155,7 +155,7 @@ def search(index: Any, queries: np.ndarray, count: int, *, reach: int, kept: np.
         index: to search.
         queries: float32 [M, W].
         count: rows for each query.
-        reach: cells to visit, and the share of a graph, times `GRAPH_CANDIDATES`.
+        reach: cells to visit; or, times `GRAPH_CANDIDATES`, rows of a graph to keep while it is walked.
         kept: bool [n], those that may be found; None: all.
 
     Returns:
