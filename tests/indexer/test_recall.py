@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from loopsway.indexer.building.recall import _held_out, measured
 from loopsway.indexer.search.filters import matching_rows
 from loopsway.indexer.search.shards import EXTRA_CANDIDATES, MOST_CANDIDATES
 from loopsway.indexer.search.slot import open_slots
-from loopsway.indexer.store.generation import Generation
+from loopsway.indexer.sketches.coding import code_examples
+from loopsway.indexer.store.folders import LocalFolder
+from loopsway.indexer.store.generation import CodedExamples, Generation
 from loopsway.indexer.store.manifest import Manifest
+from loopsway.indexer.store.row_table import ROWS, write_row_table
 
 COUNT, WIDTH, K = 400, 256, 10
 HOPELESS = "IVF1,PQ1x1"  # two values a row
@@ -208,6 +212,32 @@ def test_a_querys_size_does_not_matter(approximate: Index) -> None:
         resized = sketch[None] * np.float32(size)
         assert [side.rows.tolist() for side in sides(approximate, resized, exact=False)] == rows
     assert not any(len(side.rows) for side in sides(approximate, np.zeros_like(sketch[None]), exact=False))
+
+
+@pytest.mark.parametrize("factory", [None, "IVF1,RaBitQ", "IVF1,RaBitQ4", "SQfp16"])
+def test_a_first_try_finds_the_best_of_thousands(tmp_path: Path, factory: str | None) -> None:
+    """So few of so many are candidates that scores must be right, whatever sizes rows and queries have."""
+    plan, count, width = build(tmp_path / "a.index").manifest.plan, 4096, 1024
+    config = SketchConfig(width=width, bits=1)
+    plan = replace(plan, num_examples=count, num_steps=1, config=config, block_rows=count, shard_rows=count)
+    generation = Generation(LocalFolder(tmp_path / "noise"), plan)
+    generation.create()
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, 1, width, generator=draw) * torch.randn(count, 1, 1, generator=draw).exp()
+    rows += 0.5 * torch.randn(width, generator=draw) * rows.norm(dim=2, keepdim=True) / width**0.5  # what they share
+    steps, total = code_examples(rows, seed=0, bits=1)
+    losses = np.zeros((len(plan.checkpoints), count), np.float32)
+    generation.write(0, CodedExamples(steps=steps, total=total, losses=losses, steps_without_gradient=()))
+    table = {ROWS: write_row_table(generation)}
+    slot = open_slots(generation, table, factory=factory)[None]
+    slot.build()
+    for size in (1e-6, 1, 1e6):
+        asked = (torch.randn(8, width, generator=draw) * size).numpy()
+        answers, truths = (
+            [{*rows[:K].tolist(), *rows[-K:].tolist()} for rows, _ in slot.search(asked, K, effort=effort)]
+            for effort in (1, None)
+        )
+        assert found_share(answers, truths) > 0.98
 
 
 def test_effort_is_raised_until_the_floor_is_met(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 QUERY_BITS = 8  # of a query that meets sign bits; 8 lose nothing measurable before scoring again
-QUERY_PEAK = np.float32(1e4)  # long beside rows: an index around centres c is wrong in proportion to |query - c|
 GRAPH_CANDIDATES = 64  # that a search of a graph keeps at reach 1 (efSearch)
 POINTS_OF_A_CENTROID = 64  # FAISS warns below 39, and takes no more than 256
 TRAINING_BYTES = 256 << 20  # of decoded rows that are held to train on: 8,192 rows of width 8,192
@@ -162,8 +161,6 @@ def search(index: Any, queries: np.ndarray, count: int, *, reach: int, kept: np.
         int64 [M, count], -1 where none was found.
     """
     faiss = import_faiss()
-    peaks = np.abs(queries).max(1, keepdims=True)
-    queries = queries / np.maximum(peaks, np.finfo(np.float32).tiny) * QUERY_PEAK
     selector = None if kept is None else faiss.IDSelectorBitmap(np.packbits(kept, bitorder="little"))
     return index.search(queries, count, params=_parameters(faiss, index, reach, selector))[1]
 

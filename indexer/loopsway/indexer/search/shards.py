@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,10 @@ class DecodedRows:
     Attributes:
         rows: those of these numbers, float32 [n, W].
         blocks: all in a range that begins with a block, a block at a time, float32 [n, W].
-        norms: [N] of the sketches.
     """
 
     rows: Callable[[np.ndarray], np.ndarray]
     blocks: Callable[[range], Iterable[np.ndarray]]
-    norms: np.ndarray
 
 
 class Shards:
@@ -50,14 +48,21 @@ class Shards:
     Args:
         generation: the stored rows.
         step: its number; None is the total over steps.
+        norms: [N] of the sketches.
         files: facts of the generation's files, by name; the indices are opened when they are needed.
         factory: that new ones are made by; None: by the bits of the codes.
     """
 
     def __init__(
-        self, generation: Generation, step: int | None, *, files: Mapping[str, FileFacts], factory: str | None
+        self,
+        generation: Generation,
+        step: int | None,
+        *,
+        norms: np.ndarray,
+        files: Mapping[str, FileFacts],
+        factory: str | None,
     ) -> None:
-        self._generation, self._files, self._factory = generation, files, factory
+        self._generation, self._norms, self._files, self._factory = generation, norms, files, factory
         self._name = "total" if step is None else f"step-{step:04d}"
         self._rows = generation.plan.shards()
         self._indices: list[Any] = []
@@ -79,7 +84,7 @@ class Shards:
         plan, written = self._generation.plan, {}
         for shard, rows in enumerate(self._rows):
             index = faiss_index.new_index(self._factory, plan.width, plan.config.bits, len(rows))
-            scale = _scale(decoded.norms, tiny_is_zero=faiss_index.takes_tiny_for_zero(index))
+            scale = self._scale(index)
             extremes = partial(_extremes, decoded.blocks, rows, scale)
             faiss_index.train(index, extremes, partial(_sample, decoded.rows, rows, scale))
             for block in decoded.blocks(rows):
@@ -136,8 +141,20 @@ class Shards:
             every = np.arange(len(rows)) if own is None else np.flatnonzero(own)
             return np.tile(every + rows.start, (len(queries), 1))
         reach = effort * len(rows) // num_kept  # so that as many rows that may be found are met as without a filter
-        found = faiss_index.search(index, queries, count, reach=reach, kept=own)
+        resized = _resized(queries, self._norm_range[1] * float(self._scale(index)))
+        found = faiss_index.search(index, resized, count, reach=reach, kept=own)
         return np.where(found < 0, -1, found + rows.start)
+
+    @cached_property
+    def _norm_range(self) -> tuple[float, float]:
+        """The least and the largest of rows that are not zero."""
+        live = self._norms[self._norms > 0]
+        return (float(live.min()), float(live.max())) if len(live) else (1.0, 1.0)
+
+    def _scale(self, index: Any) -> np.float32:
+        """What rows are multiplied by: float16 ends at 65,504, and some indices take tiny rows for zero."""
+        least, largest = self._norm_range
+        return np.float32(1 / max(least, largest / 1e15) if faiss_index.takes_tiny_for_zero(index) else 1 / largest)
 
     def _opened(self) -> list[Any]:
         with self._loading:
@@ -176,13 +193,15 @@ def _most_candidates(num_rows: int, k: int) -> int:
     return max(2 * k, k + EXTRA_CANDIDATES, int(num_rows * MOST_CANDIDATES))
 
 
-def _scale(norms: np.ndarray, *, tiny_is_zero: bool) -> np.float32:
-    """What rows are multiplied by: float16 ends at 65,504, and some indices take tiny rows for zero."""
-    live = norms[norms > 0]
-    if not len(live):
-        return np.float32(1)
-    largest = float(live.max())
-    return np.float32(1 / max(float(live.min()), largest / 1e15) if tiny_is_zero else 1 / largest)
+def _resized(queries: np.ndarray, length: float) -> np.ndarray:
+    """Queries as long as the longest row.
+
+    Around centres c, FAISS codes <query - c, row - c>: a short query drowns in c. RaBitQ takes the inner product from a
+    squared distance: in one to a long query, a row is lost.
+    """
+    tiny = np.finfo(np.float32).tiny
+    peaked = queries / np.maximum(np.abs(queries).max(1, keepdims=True), tiny)  # whose squares are in float32
+    return peaked * np.float32(length) / np.maximum(np.linalg.norm(peaked, axis=1, keepdims=True), tiny)
 
 
 def _extremes(blocks: Callable[[range], Iterable[np.ndarray]], rows: range, scale: np.float32) -> np.ndarray:

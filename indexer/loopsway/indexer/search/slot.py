@@ -52,7 +52,7 @@ class Slot:
     ) -> None:
         self.step, self.factors, self.norms = step, factors, norms
         self._generation, self._bits = generation, generation.plan.config.bits
-        self._shards = Shards(generation, step, files=files, factory=factory)
+        self._shards = Shards(generation, step, norms=norms, files=files, factory=factory)
         self._kept: np.ndarray | None = None
         if deleted is not None and len(deleted):
             self._kept = np.ones(len(factors), bool)
@@ -80,7 +80,7 @@ class Slot:
         Raises:
             ValueError: FAISS can't be trained on these rows.
         """
-        return self._shards.build(DecodedRows(rows=self.rows, blocks=self.blocks, norms=self.norms))
+        return self._shards.build(DecodedRows(rows=self.rows, blocks=self.blocks))
 
     def unload(self) -> None:
         """Frees the FAISS indices."""
