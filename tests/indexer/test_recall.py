@@ -215,7 +215,8 @@ def test_a_querys_size_does_not_matter(approximate: Index) -> None:
 
 
 @pytest.mark.parametrize("factory", [None, "IVF1,RaBitQ", "IVF1,RaBitQ4", "SQfp16"])
-def test_a_first_try_finds_the_best_of_thousands(tmp_path: Path, factory: str | None) -> None:
+@pytest.mark.parametrize("spread", [0, 1])
+def test_a_first_try_finds_the_best_of_thousands(tmp_path: Path, factory: str | None, spread: float) -> None:
     """So few of so many are candidates that scores must be right, whatever sizes rows and queries have."""
     plan, count, width = build(tmp_path / "a.index").manifest.plan, 4096, 1024
     config = SketchConfig(width=width, bits=1)
@@ -223,7 +224,7 @@ def test_a_first_try_finds_the_best_of_thousands(tmp_path: Path, factory: str | 
     generation = Generation(LocalFolder(tmp_path / "noise"), plan)
     generation.create()
     draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, 1, width, generator=draw) * torch.randn(count, 1, 1, generator=draw).exp()
+    rows = torch.randn(count, 1, width, generator=draw) * (spread * torch.randn(count, 1, 1, generator=draw)).exp()
     rows += 0.5 * torch.randn(width, generator=draw) * rows.norm(dim=2, keepdim=True) / width**0.5  # what they share
     steps, total = code_examples(rows, seed=0, bits=1)
     losses = np.zeros((len(plan.checkpoints), count), np.float32)
