@@ -15,6 +15,7 @@ from looped import MODELS, LoopedTask, collate, losses, make_examples, make_mode
 from loopsway.indexer import ExampleSketcher, Index, SketchConfig, StepSketcher, UnknownExampleError, build_index
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search.ranking import pairs
+from loopsway.indexer.search.shards import LEAST_NORM
 from loopsway.indexer.sketches.coding import decode, rotate
 
 WIDTH = 1024
@@ -87,7 +88,7 @@ def test_faiss_scores_equal_our_reading_of_the_codes(one_bit: tuple[Index, np.nd
         loaded.qb = 0  # the query unquantized
         scores, rows = loaded.search(vectors, 20)
         norms = index.total_norms() if slot is None else index.step_norms()[slot]
-        own = np.take_along_axis(vectors @ slots[slot].T, rows, axis=1) / norms.min()
+        own = np.take_along_axis(vectors @ slots[slot].T, rows, axis=1) * (LEAST_NORM / norms.min())
         np.testing.assert_allclose(scores, own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
 
 

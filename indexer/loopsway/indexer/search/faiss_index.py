@@ -106,8 +106,8 @@ def train(index: Any, extremes: Callable[[], np.ndarray], sample: Callable[[int]
         raise ValueError(f"FAISS can't train its index on {len(rows):,} rows: {error}; take another factory") from error
 
 
-def takes_tiny_for_zero(index: Any) -> bool:
-    """Whether rows of norm below 3e-4 are lost."""
+def needs_long_rows(index: Any) -> bool:
+    """Whether rows of norm below 3e-4 are lost, and those near 1 in their cells' centres, whose norm is 1."""
     return any("RaBitQ" in type(each).__name__ for each in _layers(index))
 
 

@@ -26,6 +26,7 @@ from . import faiss_index
 FOLDER = "faiss"
 EXTRA_CANDIDATES = 32
 MOST_CANDIDATES = 1 / 4  # of a shard's rows: scoring so many of either sign again costs as much as a scan, or more
+LEAST_NORM = 64  # of rows where FAISS needs long ones
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
@@ -152,9 +153,11 @@ class Shards:
         return (float(live.min()), float(live.max())) if len(live) else (1.0, 1.0)
 
     def _scale(self, index: Any) -> np.float32:
-        """What rows are multiplied by: float16 ends at 65,504, and some indices take tiny rows for zero."""
+        """What rows are multiplied by: float16 ends at 65,504, and some indices need long rows."""
         least, largest = self._norm_range
-        return np.float32(1 / max(least, largest / 1e15) if faiss_index.takes_tiny_for_zero(index) else 1 / largest)
+        return np.float32(
+            LEAST_NORM / max(least, largest / 1e15) if faiss_index.needs_long_rows(index) else 1 / largest
+        )
 
     def _opened(self) -> list[Any]:
         with self._loading:
@@ -196,8 +199,8 @@ def _most_candidates(num_rows: int, k: int) -> int:
 def _resized(queries: np.ndarray, length: float) -> np.ndarray:
     """Queries as long as the longest row.
 
-    Around centres c, FAISS codes <query - c, row - c>: a short query drowns in c. RaBitQ takes the inner product from a
-    squared distance: in one to a long query, a row is lost.
+    Some indices estimate <query - c, row - c> around a centre c of norm 1, in which a short query drowns, and take the
+    inner product from a squared distance, in which a row is lost beside a far longer query.
     """
     tiny = np.finfo(np.float32).tiny
     peaked = queries / np.maximum(np.abs(queries).max(1, keepdims=True), tiny)  # whose squares are in float32
