@@ -130,11 +130,6 @@ def num_cells(index: Any) -> int:
     return next((each.nlist for each in _layers(index) if hasattr(each, "nlist")), 1)
 
 
-def is_exhaustive(index: Any) -> bool:
-    """Whether a search compares every row."""
-    return num_cells(index) == 1 and not _is_graph(index)
-
-
 def _is_graph(index: Any) -> bool:
     return any(type(each).__name__ in _GRAPHS for each in _layers(index))
 

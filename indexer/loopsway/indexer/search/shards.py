@@ -5,7 +5,7 @@ N rows, M queries, W width, k results of each sign.
 A slot has a FAISS index, and a file, for each *shard* of its rows, so that building one takes bounded memory. It holds
 the decoded rows, all multiplied by one number. What an approximate search may cost is its *effort*, a power of two that
 multiplies the cells that are visited or the part of a graph that is walked, and the candidates that are scored again:
-these by its square root where there are cells or a graph, which are then what falls short first.
+these by its square root where there are cells, which are then what falls short first.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def shard_rows(num_examples: int, bytes_of_a_row: int, block_rows: int) -> int:
 
 def _num_candidates(index: Any, k: int, effort: int) -> int:
     """Of one shard, for one sign."""
-    growth = effort if faiss_index.is_exhaustive(index) else math.sqrt(effort)
+    growth = math.sqrt(effort) if faiss_index.num_cells(index) > 1 else effort
     return math.ceil(growth * max(2 * k, k + EXTRA_CANDIDATES))
 
 
