@@ -89,7 +89,7 @@ def compared(
     read, size = read_codes(slot), sum(block.nbytes for block in code_blocks(slot))
     ways: dict[str, tuple[int, Callable[[np.ndarray], Any]]] = {
         "ours": (size, lambda queries: slot.search(queries, K)),
-        "ours, exact=False (FAISS)": (size, lambda queries: slot.search(queries, K, exact=False)),
+        "ours, exact=False (FAISS)": (size, lambda queries: slot.search(queries, K, effort=1)),
     }
     if peers:
         ways |= peers_of(np.concatenate(list(slot.blocks())))

@@ -33,7 +33,8 @@ from loopsway.indexer import Checkpoint, ExampleSketcher, Loop, SketchConfig, op
 from loopsway.indexer.building.part import MOST_BLOCK_ROWS
 from loopsway.indexer.building.publication import finished_part, publish
 from loopsway.indexer.progress import BuildProgress
-from loopsway.indexer.search.slot import import_faiss, shard_rows
+from loopsway.indexer.search.faiss_index import import_faiss
+from loopsway.indexer.search.shards import shard_rows
 from loopsway.indexer.sketches.coding import Codes, code_examples, row_bytes
 from loopsway.indexer.stopping import Stop
 from loopsway.indexer.store.folders import LocalFolder

@@ -141,15 +141,15 @@ def gsm8k_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
-def gsm8k_texts(folder: Path, count: int) -> list[str]:
-    """Questions with their answers.
+def gsm8k_texts(folder: Path, count: int, split: str = "train") -> list[str]:
+    """Questions with their answers, of the split "train" or "test".
 
     Raises:
-        FileNotFoundError: the folder has no gsm8k_train.jsonl.
+        FileNotFoundError: the folder has no such file.
     """
-    file = folder / "gsm8k_train.jsonl"
+    file = folder / f"gsm8k_{split}.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; set {DATA_VARIABLE} to the folder of gsm8k_train.jsonl")
+        raise FileNotFoundError(f"{file} does not exist; set {DATA_VARIABLE} to the folder of {file.name}")
     with file.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
     return [f"{record['question']}\n{record['answer']}" for record in records]

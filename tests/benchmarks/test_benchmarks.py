@@ -34,6 +34,23 @@ ROWS = {
         *(f"| 300 x 256, 1 bit | {job}" for job in ("mean of 20 queries", "each of 20 queries, top 0.1%")),
         *(f"| 300 x 256, 1 bit | {job}" for job in ("energies of 20", "neighbors of 64", "all near-duplicates")),
     ],
+    "bench_recall.py": [
+        *(
+            f"| {rows}, {bits} bits | {factory} |"
+            for bits in (1, 16)
+            for rows in ("looped GPT d=32, T=16, 2 steps, 300 examples, W=256", "Gaussian, 300 x 256")
+            for factory in (
+                "scan of every code",
+                "default",
+                "SQ8",
+                "SQfp16",
+                "IVF16,SQ8",
+                "HNSW32,SQ8",
+                "IVF1,PQ32x4fs",
+            )
+        ),
+        "| looped GPT d=32, T=16, 2 steps, 300 examples, W=256, 1 bits | IVF16,PQ32x4fs,Refine(SQ8) |",
+    ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 
@@ -47,7 +64,7 @@ def test_a_smoke_run_prints_every_row_of_its_table(program: str) -> None:
     assert run.returncode == 0, run.stderr
     missing = [row for row in ROWS[program] if row not in run.stdout]
     assert not missing, f"{missing} are not in\n{run.stdout}"
-    if program in ("bench_reference.py", "bench_sketch.py"):
+    if program in ("bench_recall.py", "bench_reference.py", "bench_sketch.py"):
         assert "GSM8K is skipped: LOOPSWAY_GSM8K" in run.stdout
 
 

@@ -8,11 +8,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+import looped
 from loopsway.cli.inspection import show_plan
-from loopsway.indexer import open_index
+from loopsway.indexer import Approximation, open_index
 from serving import TASK_SPEC
 
 from .conftest import invoke, run
@@ -80,6 +82,38 @@ def test_task_arguments_are_json_where_they_can_be(tmp_path: Path) -> None:
     index = open_index(tmp_path / "x.index")
     assert index.task_arguments == {"learning_rate": 0.25}
     assert index.checkpoints[0].learning_rate == 0.25
+
+
+def test_an_index_that_finds_too_little_is_refused_in_one_line_and_built_with_another_factory(tmp_path: Path) -> None:
+    path, options = tmp_path / "x.index", ["--width", "256", "--recall-queries", tmp_path / "queries.npy"]
+    np.save(tmp_path / "queries.npy", np.random.default_rng(0).standard_normal((4, 3, 256), np.float32))
+    command = ["build", "--task", f"{looped.__file__}:LoopedTask", "--task-arg", "count=200", "--out", path, *options]
+    refused = invoke([*command, "--faiss", "IVF1,PQ1x1"])
+    assert refused.exit_code == 1
+    line = refused.stderr.splitlines()[-1]  # after the bars
+    assert line.startswith("Error: FAISS factory 'IVF1,PQ1x1' finds 0.")
+    assert "run the same command with a finer factory (--faiss 'SQ8', or none) or a lower --recall-floor" in line
+    assert invoke([*command, "--faiss", "IVF4,SQ8", "--recall-floor", "0.98"]).exit_code == 0
+    index = open_index(path)
+    assert index.approximation == Approximation(factory="IVF4,SQ8", recall_floor=0.98)
+    assert set(index.recall["given"]) == {"0", "1", "2", "3", "total"}
+    assert "at any step; IVF4,SQ8, effort up to" in " ".join(invoke(["inspect", path]).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--faiss", "nonsense"], "by factory 'nonsense'"),
+        (["--recall-floor", "2"], "recall_floor is 2.0, expected a share"),
+        (["--recall-queries", __file__], "test_build.py can't be read as sketches: "),
+    ],
+)
+def test_what_approximate_search_can_not_use_fails_in_one_line(tmp_path: Path, options: list[str], text: str) -> None:
+    result = invoke(["build", "--task", TASK_SPEC, "--out", tmp_path / "x.index", "--width", "256", *options])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert text in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_an_interrupted_build_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ def test_an_index_of_an_earlier_version_answers_as_it_did(name: str, tmp_path: P
     np.testing.assert_allclose(now.pop("influences"), then.pop("influences"), rtol=1e-5)
     assert now == then
     assert verify_index(path, progress=False) == []
+    noise = np.random.default_rng(0).standard_normal((4, WIDTH), np.float32)
+    index = open_index(path)
+    assert index.search(noise, exact=False).recall == min(min(each["by_slot"].values()) for each in index._recalls)
     assert open_index(path, generation=1).num_examples == FIRST
     arrays: Any = zarr.open(path / "generations/000001/arrays.zarr", mode="r")  # as the README shows
     np.testing.assert_array_equal(arrays["step_norms"][...], open_index(path).step_norms()[:, :FIRST])

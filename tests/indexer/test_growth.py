@@ -128,8 +128,8 @@ def test_a_file_that_has_grown_adds_what_is_new(grown: Path) -> None:
 def test_shards_answer_as_one(
     whole_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, most: int, num_shards: int
 ) -> None:
-    monkeypatch.setattr("loopsway.indexer.search.slot.SHARD_BYTES", shard_bytes)
-    monkeypatch.setattr("loopsway.indexer.search.slot.MOST_SHARDS", most)
+    monkeypatch.setattr("loopsway.indexer.search.shards.SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("loopsway.indexer.search.shards.MOST_SHARDS", most)
     path = tmp_path / "sharded.index"
     index, gone = build(path), {f"train/{row}" for row in (*range(16, 32), 49)}
     assert len(list(path.rglob("total-*.faiss"))) == num_shards

@@ -15,6 +15,7 @@ from looped import MODELS, LoopedTask, collate, losses, make_examples, make_mode
 from loopsway.indexer import ExampleSketcher, Index, SketchConfig, StepSketcher, UnknownExampleError, build_index
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search.ranking import pairs
+from loopsway.indexer.search.shards import LEAST_NORM
 from loopsway.indexer.sketches.coding import decode, rotate
 
 WIDTH = 1024
@@ -87,7 +88,7 @@ def test_faiss_scores_equal_our_reading_of_the_codes(one_bit: tuple[Index, np.nd
         loaded.qb = 0  # the query unquantized
         scores, rows = loaded.search(vectors, 20)
         norms = index.total_norms() if slot is None else index.step_norms()[slot]
-        own = np.take_along_axis(vectors @ slots[slot].T, rows, axis=1) / norms.min()
+        own = np.take_along_axis(vectors @ slots[slot].T, rows, axis=1) * (LEAST_NORM / norms.min())
         np.testing.assert_allclose(scores, own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
 
 
@@ -200,10 +201,12 @@ class Unequal(LoopedTask):
         return super().losses(model, batch) * 10.0 ** -(batch["tokens"].sum(1) % 10)
 
 
-@pytest.mark.parametrize("bits", [1, 8, 32])
-def test_rows_of_very_unequal_norms_are_all_found(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "factory"), [(1, None), (8, None), (32, None), (1, "SQfp16"), (16, "RaBitQ"), (1, "IVF4,RaBitQ")]
+)
+def test_rows_of_very_unequal_norms_are_all_found(tmp_path: Path, bits: int, factory: str | None) -> None:
     task, config = Unequal(count=400), SketchConfig(width=WIDTH, bits=bits)
-    index = build_index(task, tmp_path / "unequal.index", config, progress=False)
+    index = build_index(task, tmp_path / "unequal.index", config, faiss=factory, progress=False)
     assert index.total_norms().max() / index.total_norms().min() > 1e8
     assert index.recall["recall@10"] > 0.99
     queries = ExampleSketcher(task, config).sketch(task.examples()[:8]).values.numpy()

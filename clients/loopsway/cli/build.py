@@ -67,6 +67,19 @@ _SKETCHING = (
 @click.option(
     "--optimizer-aware", is_flag=True, help="Influence of a step of Adam, from its second moments at each checkpoint."
 )
+@click.option("--faiss", metavar="FACTORY", help="Of approximate search, such as 'IVF256,SQ8'.  [default: by the bits]")
+@click.option(
+    "--recall-floor",
+    default=0.99,
+    show_default=True,
+    help="The least recall@10 of approximate search, measured on held-out rows; below it nothing is published.",
+)
+@click.option(
+    "--recall-queries",
+    metavar="FILE.npy",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Sketches of real queries to measure it on too: float32 [queries, steps, width].",
+)
 @sketching_options
 def build(
     task: str,
@@ -76,6 +89,9 @@ def build(
     bits: int,
     seed: int,
     optimizer_aware: bool,
+    faiss: str | None,
+    recall_floor: float,
+    recall_queries: str | None,
     sketching: dict[str, Any],
 ) -> None:
     """Sketches every training example at every step and checkpoint, and writes the index.
@@ -94,6 +110,9 @@ def build(
         bits=bits,
         seed=seed,
         optimizer_aware=optimizer_aware,
+        faiss=faiss,
+        recall_floor=recall_floor,
+        recall_queries=recall_queries,
         **sketching,
     )
     click.echo(summary(index, time.monotonic() - started))
@@ -118,6 +137,7 @@ def build_index(
     bits: int,
     seed: int,
     optimizer_aware: bool = False,
+    recall_queries: str | None = None,
     **sketching: Any,
 ) -> Index:
     """Loads the task and builds, as `sketching_options` say; ends the process with a message when that fails."""
@@ -134,5 +154,15 @@ def build_index(
             config,
             task_spec=task,
             task_arguments=task_arguments,
+            recall_queries=None if recall_queries is None else _read_sketches(recall_queries),
             **sketching,
         )
+
+
+def _read_sketches(file: str) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read as sketches: {error}; write them with numpy.save") from error

@@ -140,7 +140,6 @@ def _milliseconds(value: float | None) -> str:
 def _facts(description: Description) -> dict[str, str]:
     loop, arguments = description["loop"], description["task_arguments"]
     in_brackets = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    recall = description["recall"].get("recall@10")
     return {
         "index": description["path"],
         "examples": f"{description['examples']:,}"
@@ -154,10 +153,21 @@ def _facts(description: Description) -> dict[str, str]:
         "example and step",
         "task": f"{description['task']}({in_brackets})" if description["task"] else "not recorded",
         "loop": f"body {', '.join(loop['body'])}; a step begins at each call of {loop['marker'] or 'its first module'}",
-        "recall@10": "not measured" if recall is None else f"{recall:.3f} against exact search",
+        "recall@10": _recall(description["recall"]),
         "built": f"{description['created_at']}, generation {description['generation']}",
         "fingerprint": description["fingerprint"],
     }
+
+
+def _recall(recall: dict[str, Any]) -> str:
+    """Of approximate search; an earlier version's build measured less of it."""
+    if "recall@10" not in recall:
+        return "not measured"
+    text = f"{recall['recall@10']:.3f} of approximate against exact search"
+    if "efforts" in recall:
+        least, efforts = min(recall["by_slot"].values()), recall["efforts"].values()
+        text += f", no less than {least:.3f} at any step; {recall['factory'] or 'default'}, effort up to {max(efforts)}"
+    return text
 
 
 def _checkpoints(description: Description) -> Any:

@@ -8,8 +8,9 @@ from .building.blocks import NonFiniteExampleError
 from .building.build import add_examples, build_index
 from .building.editing import compact_index, delete_examples, prune_index
 from .building.export import export_index
+from .building.recall import RecallError
 from .building.verification import Damage, verify_index
-from .config import Checkpoint, Loop, SketchConfig
+from .config import Approximation, Checkpoint, Loop, SketchConfig
 from .curation.duplicates import find_duplicates
 from .curation.energy import Estimate, StepEnergies, step_energies
 from .curation.neighbors import Neighbors, find_neighbors
@@ -30,6 +31,7 @@ from .store.manifest import IndexExistsError, IndexNotFoundError
 from .task import Task, TaskError, is_shipped, load_task
 
 __all__ = [
+    "Approximation",
     "Checkpoint",
     "Damage",
     "Estimate",
@@ -51,6 +53,7 @@ __all__ = [
     "QuerySet",
     "Ranked",
     "Ranking",
+    "RecallError",
     "Scores",
     "SketchConfig",
     "SketchedQueries",

@@ -1,4 +1,4 @@
-"""What a user chooses about an index: the loop, the sketch and the checkpoints.
+"""What a user chooses about an index: the loop, the sketch, the approximate search and the checkpoints.
 
 Each class is frozen, validated when made, stored with the index as JSON and compared when it is opened.
 This file knows no torch: a configuration can be read anywhere.
@@ -107,6 +107,30 @@ class SketchConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SketchConfig:
         return cls(**{"rotations": 1, **data})  # that of plans which don't say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approximation:
+    """How an index can be searched without reading every code, and how good that must be.
+
+    Attributes:
+        factory: a FAISS factory string, such as "IVF256,SQ8". None: an exhaustive kind that fits the codes' bits.
+        recall_floor: the least recall@10, from 0 to 1, that the build has to measure for either sign of every slot.
+    """
+
+    factory: str | None = None
+    recall_floor: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recall_floor <= 1:
+            raise ValueError(f"recall_floor is {self.recall_floor}, expected a share from 0 to 1, such as 0.99")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Approximation:
+        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True)

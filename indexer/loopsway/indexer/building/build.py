@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
-from ..config import SketchConfig
+from ..config import Approximation, SketchConfig
+from ..search.faiss_index import import_faiss
 from ..search.index import Index, open_index
-from ..search.slot import import_faiss
 from ..store.addresses import open_folder
 from ..store.folders import Folder, clear_storage_errors
 from ..store.lock import writer_lock
@@ -37,6 +38,9 @@ def build_index(
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
     address: str | None = None,
+    faiss: str | None = None,
+    recall_floor: float = Approximation.recall_floor,
+    recall_queries: np.ndarray | None = None,
     progress: bool = True,
 ) -> Index:
     """Builds the index of a task's examples, or finishes a build that was cut.
@@ -58,6 +62,13 @@ def build_index(
             to make the task, and reach `path` on a file system or object store that they share with this process.
         workers: actors of engine "ray"; None: one for each GPU of the cluster, or CPU where there is none.
         address: of the Ray cluster; None: that of RAY_ADDRESS, or one that is started for the build.
+        faiss: factory string of the FAISS indices that approximate searches (`exact=False`) use, such as "IVF256,SQ8".
+            None: an exhaustive kind that fits the bits. A part, or the end of one, that is too small to train them
+            takes that too.
+        recall_floor: the least recall@10, of proponents and of opponents, that they must have at every step, from 0 to
+            1; `recall` of the index says what was measured, and the effort that it took.
+        recall_queries: sketches of real queries to measure it on beside held-out rows, float32 [Q, T, W], made with
+            this config.
         progress: whether to draw progress on the terminal.
 
     Returns:
@@ -68,12 +79,15 @@ def build_index(
             text names what differs.
         IndexLockedError: another process is writing to it.
         NonFiniteExampleError: an example is not finite, and `nonfinite` is "stop".
+        RecallError: the FAISS indices find less than `recall_floor` at any effort. Nothing is published, and all
+            sketches are kept: the same build with another `faiss` or floor goes on with them.
         StoppedError: a signal asked it to stop.
         StorageError: the disk is full, or can't be written to; what is stored stays.
         TaskError: what the task returned breaks its contract.
-        ValueError: the model or its losses can't be attributed.
+        ValueError: the model or its losses can't be attributed; or, before anything is sketched, `faiss`,
+            `recall_floor` or `recall_queries` can't be used.
     """
-    folder = open_folder(path)
+    folder, approximation = open_folder(path), Approximation(factory=faiss, recall_floor=recall_floor)
     import_faiss()  # fail before the work, not after it
     is_finished = is_published(folder)
     with clear_storage_errors(folder), nullcontext(lambda: None) if is_finished else writer_lock(folder) as confirm:
@@ -90,9 +104,13 @@ def build_index(
             workers=workers,
             address=address,
             progress=progress,
+            approximation=approximation,
+            recall_queries=recall_queries,
         )
         if is_finished:
-            _refuse_other_plan(folder, Manifest.read(folder).plan, builder.plan, ignoring=["task_code"])
+            manifest = Manifest.read(folder)
+            _refuse_other_plan(folder, manifest.plan, builder.plan, ignoring=["task_code"])
+            _refuse_other_factory(folder, manifest.parts[0].approximation, approximation)
         else:
             publish(folder, [builder.build(folder)], confirm)
     return open_index(path)
@@ -141,7 +159,8 @@ def add_examples(
         IndexExistsError: the task's model, checkpoints or loop are not the index's, or another addition was begun; the
             text names what differs.
         TaskError: an id is in the index already, the metadata has other columns, or there is nothing to add.
-        IndexLockedError, NonFiniteExampleError, StoppedError, StorageError, ValueError: as `build_index`.
+        IndexLockedError, NonFiniteExampleError, RecallError, StoppedError, StorageError, ValueError: as `build_index`;
+            the FAISS factory and the recall floor are the index's.
     """
     folder = open_folder(path)
     config = Manifest.read(folder).plan.config
@@ -161,6 +180,8 @@ def add_examples(
             workers=workers,
             address=address,
             progress=progress,
+            approximation=index.approximation,
+            is_addition=True,
         )
         _refuse_other_plan(
             folder, index.manifest.plan, builder.plan, ignoring=["task_code", "num_examples", "examples_digest"]
@@ -177,6 +198,15 @@ def _refuse_other_plan(folder: Folder, existing: Plan, plan: Plan, *, ignoring: 
         raise IndexExistsError(
             f"{folder} already holds an index of something else ({'; '.join(differences)[:2000]}); build to another "
             "path, or remove that folder"
+        )
+
+
+def _refuse_other_factory(folder: Folder, existing: Approximation, asked: Approximation) -> None:
+    if asked.factory not in (None, existing.factory):
+        mine = "the default FAISS indices" if existing.factory is None else f"FAISS factory {existing.factory!r}"
+        raise IndexExistsError(
+            f"{folder} already holds this index, with {mine} and not {asked.factory!r}; build to another path, or "
+            "remove that folder"
         )
 
 

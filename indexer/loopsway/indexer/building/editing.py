@@ -16,7 +16,7 @@ import pyarrow as pa
 from ..progress import BuildProgress
 from ..search.filters import matching_rows
 from ..search.index import Index, open_index
-from ..search.slot import shard_rows
+from ..search.shards import shard_rows
 from ..sketches.coding import Codes, row_bytes
 from ..stopping import stop_on_signals
 from ..store.addresses import open_folder
@@ -83,6 +83,10 @@ def compact_index(path: str | Path, *, progress: bool = True) -> Index:
 
     Returns:
         The index, open. One that has nothing to compact is opened as it is.
+
+    Raises:
+        RecallError: the index's FAISS factory doesn't find what its recall floor says in the rewritten part.
+        IndexLockedError, StoppedError, StorageError: as `build_index`.
     """
     folder = open_folder(path)
     Manifest.read(folder)  # where there is no index, nothing is made
@@ -103,7 +107,16 @@ def compact_index(path: str | Path, *, progress: bool = True) -> Index:
                     bars.advance()
                     stop.raise_if_asked(f"stopped as asked: {folder} is as it was; compact it again to go on")
             examples = index.examples.take(pa.array(rows))
-            part = finished_part(folder, name, generation, examples, sketching=index.plan, bars=bars, stop=stop)
+            part = finished_part(
+                folder,
+                name,
+                generation,
+                examples,
+                sketching=index.plan,
+                bars=bars,
+                stop=stop,
+                approximation=index.approximation,
+            )
             publish(folder, [part], confirm)
     return open_index(path)
 

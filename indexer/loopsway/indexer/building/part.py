@@ -10,9 +10,13 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, Literal
 
-from ..config import SketchConfig
+import numpy as np
+
+from ..config import Approximation, SketchConfig
 from ..progress import BuildProgress
-from ..search.slot import shard_rows
+from ..search.faiss_index import check_factory
+from ..search.queries import checked_sketches, query_vectors
+from ..search.shards import shard_rows
 from ..sketches.coding import row_bytes
 from ..sketches.features import ExampleSketcher
 from ..stopping import Stop, stop_on_signals
@@ -32,7 +36,11 @@ LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS, LEAST_BLOCKS = 128, 2048, 16
 
 
 class PartBuilder:
-    """What a part is built from, and how. The arguments are those of `build_index`.
+    """What a part is built from, and how. The other arguments are those of `build_index`.
+
+    Args:
+        approximation: of its FAISS indices.
+        is_addition: to an index: it may have fewer rows than these can be trained on.
 
     Attributes:
         table: ids, descriptions and metadata of the examples.
@@ -54,16 +62,25 @@ class PartBuilder:
         workers: int | None,
         address: str | None,
         progress: bool,
+        approximation: Approximation,
+        recall_queries: np.ndarray | None = None,
+        is_addition: bool = False,
     ) -> None:
         examples = task.examples()
         if not len(examples):
             raise TaskError(f"{type(task).__name__}.examples() is empty; an index needs at least one example")
         self._sketcher = ExampleSketcher(task, config, device=device, batch_size=batch_size)
+        rows, sketch = block_rows or new_block_rows(len(examples)), self._sketcher.config
+        assert sketch.width is not None
+        shards = shard_rows(len(examples), row_bytes(sketch.width, sketch.bits), rows)
+        if not is_addition:
+            check_factory(approximation.factory, sketch.width, min(shards, len(examples)))
+        self._approximation, self._given_queries = approximation, None
+        if recall_queries is not None:
+            self._given_queries = query_vectors(checked_sketches(recall_queries, sketch.width)[0], sketch)
         self.table = example_table(task, len(examples))
         blocks = BlockSketcher(task, self._sketcher, nonfinite=nonfinite)
         self._probe, self._progress = blocks.probe(), progress
-        rows, sketch = block_rows or new_block_rows(len(examples)), self._sketcher.config
-        assert sketch.width is not None
         self.plan = Plan(
             fingerprint=self._sketcher.fingerprint,
             task_spec=task_spec,
@@ -79,7 +96,7 @@ class PartBuilder:
             checkpoint_digests=checkpoint_digests(self._sketcher.checkpoints),
             batch_size=batch_size,
             block_rows=rows,
-            shard_rows=shard_rows(len(examples), row_bytes(sketch.width, sketch.bits), rows),
+            shard_rows=shards,
         )
         self._engine: Engine = LocalEngine(blocks)
         if engine == "ray":
@@ -103,14 +120,24 @@ class PartBuilder:
 
         Raises:
             IndexExistsError: a part of something else was begun there.
-            NonFiniteExampleError, StoppedError, ValueError: as `build_index`.
+            NonFiniteExampleError, RecallError, StoppedError, ValueError: as `build_index`.
         """
         name, generation = self._begin(folder)
         self._sketcher.batch_size = generation.plan.batch_size
         with BuildProgress(shown=self._progress) as bars, stop_on_signals(bars.announce_stop) as stop:
             self._sketch_blocks(folder, generation, bars, stop)
             sketching = [entry.to_dict() for entry in self._sketcher.plan()]
-            return finished_part(folder, name, generation, self.table, sketching=sketching, bars=bars, stop=stop)
+            return finished_part(
+                folder,
+                name,
+                generation,
+                self.table,
+                sketching=sketching,
+                bars=bars,
+                stop=stop,
+                approximation=self._approximation,
+                given_queries=self._given_queries,
+            )
 
     def _begin(self, folder: Folder) -> tuple[str, Generation]:
         """The part to build, and its name; one that was cut, with its own plan, to go on in the same batches."""

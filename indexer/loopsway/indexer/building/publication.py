@@ -1,4 +1,4 @@
-"""The end of a build: FAISS indices, a measurement of their recall, and the manifest that publishes a generation."""
+"""The end of a build: FAISS indices, what they find (recall.py), and the manifest that publishes a generation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..config import Approximation
 from ..progress import BuildProgress
 from ..search.index import EXAMPLES, RECALL, SKIPPED
-from ..search.slot import Slot, open_slots
+from ..search.slot import open_slots
 from ..stopping import Stop
 from ..store.files import json_bytes
 from ..store.folders import FileFacts, Folder, facts_of
@@ -20,9 +21,7 @@ from ..store.generation import ARRAYS, ROW_AXES, Generation, Skipped
 from ..store.manifest import Manifest, Part
 from ..store.output import write_table
 from ..store.row_table import ROWS, write_row_table
-
-RECALL_QUERIES, RECALL_K = 16, 10
-ROWS_OF_A_QUERY = 8
+from .recall import Measured, measured, recall_document, refuse_low
 
 
 def finished_part(
@@ -34,6 +33,8 @@ def finished_part(
     sketching: Sequence[dict[str, Any]],
     bars: BuildProgress,
     stop: Stop,
+    approximation: Approximation | None = None,
+    given_queries: np.ndarray | None = None,
 ) -> Part:
     """Builds what search needs from the stored blocks. Begun again, it starts over.
 
@@ -45,19 +46,24 @@ def finished_part(
         sketching: how each parameter was sketched, for the manifest.
         bars: for progress.
         stop: looked at after each FAISS index.
+        approximation: of the FAISS indices; None: the default.
+        given_queries: rotated, as `recall.measured` takes them.
 
     Raises:
+        RecallError: a FAISS index finds too little.
         StoppedError: a signal asked it to stop.
     """
+    approximation = approximation or Approximation()
     files = {EXAMPLES: write_table(generation.folder, EXAMPLES, examples)}
     files[ROWS] = write_row_table(generation)
-    slots = open_slots(generation, files)
+    slots = open_slots(generation, files, factory=approximation.factory)
     bars.begin("indexing steps", len(slots))
-    recalls: dict[str, float] = {}
+    recalls: dict[int | None, Measured] = {}
     for step, slot in slots.items():
         built = slot.build()
         files |= built
-        recalls["total" if step is None else str(step)] = _recall(slot)
+        recalls[step] = measured(slot, approximation, given_queries, generation.plan.num_steps)
+        refuse_low(slot, approximation, recalls[step])
         slot.unload()
         bars.advance()
         stop.raise_if_asked(
@@ -66,7 +72,9 @@ def finished_part(
         )
     entries = generation.finished().values()
     skipped = [each for entry in entries for each in entry.skipped]
-    files[RECALL] = _write_recall(generation.folder, recalls)
+    content = json_bytes(recall_document(recalls, approximation))
+    generation.folder.write(RECALL, content)
+    files[RECALL] = facts_of(content)
     files[SKIPPED] = write_table(generation.folder, SKIPPED, _skipped_table(examples, skipped))
     described = [f"{ARRAYS}/zarr.json", *(f"{ARRAYS}/{array}/zarr.json" for array in ROW_AXES)]
     generation.folder.make_durable(described)
@@ -81,6 +89,7 @@ def finished_part(
         num_skipped=len(skipped),
         sketching=tuple(sketching),
         files={f"{name}/{file}": facts for file, facts in files.items()},
+        approximation=approximation,
     )
 
 
@@ -113,43 +122,8 @@ def publish(
     manifest.write(folder)
 
 
-def _write_recall(folder: Folder, recalls: dict[str, float]) -> FileFacts:
-    content = json_bytes(
-        {
-            f"recall@{RECALL_K}": float(np.mean(list(recalls.values()))),
-            "by_slot": recalls,
-            "against": "a reading of every code",
-            "queries": f"{RECALL_QUERIES} random combinations of {ROWS_OF_A_QUERY} stored rows, and their opposites",
-        }
-    )
-    folder.write(RECALL, content)
-    return facts_of(content)
-
-
 def _skipped_table(examples: pa.Table, skipped: Sequence[Skipped]) -> pa.Table:
     """The skipped examples' rows, ids and reasons."""
     rows = pa.array([each.row for each in skipped], pa.int64())
     reasons = pa.array([each.reason for each in skipped], pa.string())
     return pa.table({"row": rows, "id": examples["id"].take(rows), "reason": reasons})
-
-
-def _recall(slot: Slot) -> float:
-    """The share of the k best rows, of both signs, that FAISS finds; equal scores count as found."""
-    k = min(RECALL_K, len(slot.factors))
-    queries = _queries(slot)
-    queries = np.concatenate([queries, -queries])
-    worst_best = slot.exact_search(queries, k)[:, -1]  # the k-th best score of each query
-    found = [scores[:k] for _, scores in slot.search(queries, k, exact=False)]
-    slack = 1e-5 * np.linalg.norm(queries, axis=1) * slot.norms.max(initial=0)
-    hits = [(scores >= limit - eps).sum() for scores, limit, eps in zip(found, worst_best, slack, strict=True)]
-    return float(np.sum(hits) / (k * len(queries)))
-
-
-def _queries(slot: Slot) -> np.ndarray:
-    """Random combinations of stored rows: a row by itself has only as many values as its code, a query has any."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(len(slot.factors), size=(RECALL_QUERIES, ROWS_OF_A_QUERY))
-    decoded = slot.rows(rows.ravel()).reshape(*rows.shape, -1)  # [Q, rows, W]
-    lengths = np.linalg.norm(decoded, axis=2, keepdims=True)
-    weights = rng.standard_normal((*rows.shape, 1), dtype=np.float32) / np.maximum(lengths, 1e-30)
-    return (decoded * weights).sum(1)

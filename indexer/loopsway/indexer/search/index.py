@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from ..config import Checkpoint, Loop, Resolve, SketchConfig
+from ..config import Approximation, Checkpoint, Loop, Resolve, SketchConfig
 from ..sketches.coding import rotate_back, standard_errors
 from ..store.addresses import open_folder
 from ..store.folders import IndexDamagedError, LocalFolder
@@ -28,7 +28,7 @@ from .device_scan import DeviceScan, device_scan
 from .filters import matching_rows
 from .joined import JoinedSlot
 from .queries import checked_sketches, chosen_steps, query_vectors
-from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, Scores, pairs
+from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, Scores, pairs, slot_name
 from .slot import inner_products, open_slots
 
 EXAMPLES, SKIPPED, RECALL = "examples.parquet", "skipped.parquet", "recall.json"
@@ -175,11 +175,20 @@ class Index:
         """On disk, all files of this generation's parts."""
         return sum(stored.size_bytes() for stored in self._stored)
 
-    @cached_property
+    @property
     def recall(self) -> dict[str, Any]:
-        """What the build measured of its FAISS indices against a reading of every code, of the worst part."""
-        measured = [json.loads(stored.folder.read(RECALL)) for stored in self._stored]
-        return min(measured, key=lambda each: min(each["by_slot"].values()))
+        """What the build measured of its FAISS indices against a scan of every code, of the worst part."""
+        return min(self._recalls, key=lambda each: min(each["by_slot"].values()))
+
+    @cached_property
+    def _recalls(self) -> list[dict[str, Any]]:
+        """Of each part."""
+        return [json.loads(stored.folder.read(RECALL)) for stored in self._stored]
+
+    @property
+    def approximation(self) -> Approximation:
+        """Of the FAISS indices: that of the first part, which later ones keep."""
+        return self.manifest.parts[0].approximation
 
     @cached_property
     def skipped(self) -> dict[str, str]:
@@ -331,7 +340,8 @@ class Index:
             steps: only these; None: all.
             where: a filter over the examples (filters.py), which the search is done within; None: all.
             exact: whether every stored code is read, which finds the exact top k; False takes the candidates of the
-                FAISS indices, with the recall that `recall` gives.
+                FAISS indices, as many as the build found to be enough, unless `where` leaves too few rows for them. The
+                answer's `recall` says which it was.
 
         Returns:
             A Ranking, or a list of Q of them.
@@ -348,11 +358,13 @@ class Index:
         vectors = query_vectors(sketches, self.config)
         kept = None if where is None else matching_rows(self.examples, where)
         asked = {Pair(None, TOTAL), *(wanted[step] for step in chosen)}
+        recall = 1.0 if exact else self._least_recall({pair.slot for pair in asked})
         found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact)
         rankings = [
             Ranking(
                 total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
                 steps=tuple(self._influencers(step, *found[wanted[step]][query], k) for step in chosen),
+                recall=recall,
             )
             for query in range(len(sketches))
         ]
@@ -450,7 +462,8 @@ class Index:
         for slot in {pair.slot for pair in wanted}:
             mine = sorted(pair for pair in wanted if pair.slot == slot)
             queries = np.concatenate([vectors[:, pair.query] for pair in mine])  # [pairs * Q, W]
-            ranked = self._slots[slot].search(queries, k, kept=kept, exact=exact)
+            efforts = None if exact else self._efforts(slot)
+            ranked = self._slots[slot].search(queries, k, kept=kept, efforts=efforts)
             norms = np.linalg.norm(queries, axis=1)
             answers = [
                 (rows, scores, self._errors(scores, self._slots[slot].norms_of(rows), norm))
@@ -459,6 +472,13 @@ class Index:
             for place, pair in enumerate(mine):
                 found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
         return found
+
+    def _efforts(self, slot: int | None) -> list[int]:
+        """That the build found each part's FAISS indices to need; 1 where an earlier version built them."""
+        return [each.get("efforts", {}).get(slot_name(slot), 1) for each in self._recalls]
+
+    def _least_recall(self, slots: set[int | None]) -> float:
+        return min(each["by_slot"][slot_name(slot)] for each in self._recalls for slot in slots)
 
     def _influencers(
         self, step: int | None, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int

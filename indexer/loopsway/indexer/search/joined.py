@@ -52,11 +52,20 @@ class JoinedSlot:
         return out
 
     def search(
-        self, queries: np.ndarray, k: int, *, kept: np.ndarray | None = None, exact: bool = True
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        kept: np.ndarray | None = None,
+        efforts: Sequence[int] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `Slot.search`, over all parts."""
+        """As `Slot.search`, over all parts; each has its own effort."""
         own = [None] * len(self._slots) if kept is None else np.split(kept, self._starts[1:-1])
-        found = [slot.search(queries, k, kept=part, exact=exact) for slot, part in zip(self._slots, own, strict=True)]
+        each = [None] * len(self._slots) if efforts is None else efforts
+        found = [
+            slot.search(queries, k, kept=part, effort=effort)
+            for slot, part, effort in zip(self._slots, own, each, strict=True)
+        ]
         if len(found) == 1:
             return found[0]
         return [self._merged([answers[query] for answers in found]) for query in range(len(queries))]

@@ -70,10 +70,18 @@ class Influencers:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ranking:
-    """The answer to one query: TracIn over all steps, and each step."""
+    """The answer to one query: TracIn over all steps, and each step.
+
+    Attributes:
+        total: of all steps together.
+        steps: one by one.
+        recall: 1 when every code was read: the answer is the exact top k of them. Else the least recall@10 that the
+            build measured, without a filter, of the steps that were asked.
+    """
 
     total: Influencers
     steps: tuple[Influencers, ...]
+    recall: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,3 +138,8 @@ def pairs(resolve: Resolve, num_steps: int, query_steps: int) -> list[Pair]:
 def is_significant(influences: np.ndarray, standard_errors: np.ndarray) -> np.ndarray:
     """Whether each influence lies beyond two of its standard errors of zero."""
     return np.abs(influences) > SIGNIFICANT * standard_errors
+
+
+def slot_name(slot: int | None) -> str:
+    """Of a stored slot, in recall.json."""
+    return "total" if slot is None else str(slot)

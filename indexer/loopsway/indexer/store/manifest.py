@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import Checkpoint, Loop, SketchConfig
+from ..config import Approximation, Checkpoint, Loop, SketchConfig
 from .files import file_digest
 from .folders import FileFacts, Folder, IndexDamagedError
 from .sealed import SealError, read_sealed, write_sealed
@@ -123,6 +123,7 @@ class Part:
         num_skipped: examples without a finite loss or gradient; their rows are zeros.
         sketching: how each parameter was sketched in the last batch, as `PlanEntry.to_dict` gives it.
         files: size in bytes and digest of each file written once the blocks were, by path within the index.
+        approximation: of its FAISS indices. It is no part of the plan: blocks are the same whatever it is.
     """
 
     folder: str
@@ -132,6 +133,7 @@ class Part:
     num_skipped: int
     sketching: tuple[dict[str, Any], ...]
     files: Mapping[str, FileFacts]
+    approximation: Approximation = field(default_factory=Approximation)
 
     @cached_property
     def own_files(self) -> dict[str, FileFacts]:
@@ -139,11 +141,13 @@ class Part:
         return {name.removeprefix(f"{self.folder}/"): facts for name, facts in self.files.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"plan": self.plan.to_dict()}
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        return data | {"plan": self.plan.to_dict(), "approximation": self.approximation.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Part:
         made = {**data, "plan": Plan.from_dict(data["plan"])}
+        made["approximation"] = Approximation.from_dict(data.get("approximation", {}))  # older parts say nothing
         for name in ("steps_without_gradient", "mean_losses", "sketching"):
             made[name] = tuple(data[name])
         return cls(**made)
