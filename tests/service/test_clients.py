@@ -47,6 +47,15 @@ def test_a_filter_is_searched_within(client: Client, index: Index, sketches: np.
     assert caught.value.field == "where"
 
 
+def test_an_approximate_search_says_how_well_it_finds(client: Client, index: Index, sketches: np.ndarray) -> None:
+    query = SketchQuery(sketches[0], index.fingerprint)
+    ((exact,), (approximate,)) = (client.find_influences([query], k=4, exact=how) for how in (True, False))
+    expected = index.search(sketches[0], k=4, exact=False)
+    assert exact.recall == 1
+    assert approximate.recall == expected.recall
+    assert [each.example_id for each in approximate.total.proponents] == list(expected.total.proponents.example_ids)
+
+
 def test_results_are_those_of_the_index(served: Served, index: Index, sketches: np.ndarray) -> None:
     ids = ["tiny-1", "tiny-5"]
     with Client(served.target) as client:

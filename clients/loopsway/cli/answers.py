@@ -70,6 +70,7 @@ class Answer:
             "generation": result.generation,
             "fingerprint": result.fingerprint,
             "resolve": self.resolve,
+            "recall": result.recall,
             "query": asdict(result.query),
             "total": asdict(result.total),
             "steps": [asdict(ranking) for ranking in result.steps],
@@ -93,10 +94,13 @@ def ask(
     resolve: Resolve,
     steps: Sequence[int] | None = None,
     where: str = "",
+    exact: bool = True,
     index: str = "",
 ) -> Answer:
     """Asks for the rankings, then for the trajectories of the examples ranked over the whole loop."""
-    (result,) = client.find_influences([query], k=k, resolve=resolve, steps=steps, where=where, index=index)
+    (result,) = client.find_influences(
+        [query], k=k, resolve=resolve, steps=steps, where=where, exact=exact, index=index
+    )
     ids = _ids(result.total)
     trajectories = client.get_trajectories([query], ids, resolve=resolve, index=index) if ids else None
     return Answer(question=question, resolve=resolve, result=result, trajectories=trajectories)

@@ -46,6 +46,7 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
     metavar="FILTER",
     help="Rank only some examples, such as 'source == \"web\" and length < 200'.",
 )
+@click.option("--approximate", is_flag=True, help="Search the index's FAISS files instead of every stored code.")
 @click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to wait for each answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else.")
 @click.option(
@@ -65,6 +66,7 @@ def query(
     resolve: str,
     steps: tuple[int, ...],
     where: str,
+    approximate: bool,
     timeout_s: float,
     as_json: bool,
     plot: Path | None,
@@ -90,6 +92,7 @@ def query(
                 resolve=cast("Resolve", resolve.replace("-", "_")),
                 steps=steps or None,
                 where=where,
+                exact=not approximate,
                 index=index,
             )
     except LoopswayError as error:

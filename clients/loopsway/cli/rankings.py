@@ -48,6 +48,8 @@ def _heading(answer: Answer, console: Console) -> None:
     query = answer.result.query
     console.print(Text(f"query: {answer.question}", style="bold"))
     facts = f"index {answer.result.index}, generation {answer.result.generation}; {query.num_steps} steps"
+    if answer.result.recall < 1:
+        facts += f"; approximate, recall {answer.result.recall:.3f} when built"
     if query.losses:
         facts += f"; loss at each checkpoint: {', '.join(f'{loss:.3g}' for loss in query.losses)}"
     console.print(Text(facts, style="dim"))

@@ -60,6 +60,7 @@ class Client:
         resolve: Resolve = "query_step",
         steps: Sequence[int] | None = None,
         where: str = "",
+        exact: bool = True,
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
@@ -71,13 +72,15 @@ class Client:
             resolve: whether steps are the query's, the training example's, or the same of both.
             steps: the steps to rank. None: all.
             where: a filter over the examples, such as 'source == "web" and length < 200'. Empty: all.
+            exact: whether every stored code is read; or the index's FAISS files are searched, with the result's
+                `recall`.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
 
         Returns:
             One result for each query.
         """
-        request = messages.influences_request(queries, k, resolve, steps, where, index)
+        request = messages.influences_request(queries, k, resolve, steps, where, exact, index)
         return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s))
 
     def get_trajectories(
@@ -228,11 +231,12 @@ class AsyncClient:
         resolve: Resolve = "query_step",
         steps: Sequence[int] | None = None,
         where: str = "",
+        exact: bool = True,
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
         """As `Client.find_influences`."""
-        request = messages.influences_request(queries, k, resolve, steps, where, index)
+        request = messages.influences_request(queries, k, resolve, steps, where, exact, index)
         return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
 
     async def get_trajectories(

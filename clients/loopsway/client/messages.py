@@ -50,7 +50,7 @@ _RESOLVE: dict[str, pb.ResolveMode.ValueType] = {
 
 
 def influences_request(
-    queries: Sequence[Query], k: int, resolve: Resolve, steps: Sequence[int] | None, where: str, index: str
+    queries: Sequence[Query], k: int, resolve: Resolve, steps: Sequence[int] | None, where: str, exact: bool, index: str
 ) -> pb.FindInfluencesRequest:
     if steps is not None and not len(steps):
         raise InvalidQueryError("steps is empty; name one or more, or leave it None for all", field="steps")
@@ -61,6 +61,7 @@ def influences_request(
         resolve=_resolve(resolve, get_args(Resolve)),
         steps=[_int32(step, f"steps[{i}]") for i, step in enumerate(() if steps is None else steps)],
         where=where,
+        approximate=not exact,
     )
 
 
@@ -152,6 +153,7 @@ def influence_results(response: pb.FindInfluencesResponse) -> list[InfluenceResu
             query=_summary(result.query),
             total=_ranking(result.total),
             steps=tuple(_ranking(ranking) for ranking in result.steps),
+            recall=result.recall,
             index=response.index,
             generation=response.generation,
             fingerprint=response.fingerprint,

@@ -117,11 +117,13 @@ class InfluenceResult:
         steps: a ranking for each step asked for, ascending.
         index: the name of the index that answered.
         generation: the generation of it that answered.
+        recall: 1 where every stored code was read, else the recall that the build measured of an approximate search.
     """
 
     query: QuerySummary
     total: Ranking
     steps: tuple[Ranking, ...]
+    recall: float
     index: str
     generation: int
     fingerprint: str

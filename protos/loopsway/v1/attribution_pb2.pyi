@@ -350,6 +350,11 @@ class QueryInfluences(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    recall: _builtins.float
+    """How much of the exact answer this one holds: 1 where every stored code was read; else the least of the recalls that
+    the build measured of what was searched, in [0, 1].
+    """
     @_builtins.property
     def query(self) -> Global___QuerySummary:
         """What the server found out about the query."""
@@ -368,10 +373,11 @@ class QueryInfluences(_message.Message):
         query: Global___QuerySummary | None = ...,
         total: Global___Ranking | None = ...,
         steps: _abc.Iterable[Global___Ranking] | None = ...,
+        recall: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "steps", b"steps", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "recall", b"recall", "steps", b"steps", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,6 +619,7 @@ class FindInfluencesRequest(_message.Message):
     RESOLVE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     WHERE_FIELD_NUMBER: _builtins.int
+    APPROXIMATE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     k: _builtins.int
@@ -626,6 +633,10 @@ class FindInfluencesRequest(_message.Message):
     where: _builtins.str
     """A filter over the training examples, which are ranked within it, such as `source == "web" and length < 200`; at most
     10,000 characters. Its names are the metadata's columns, `id` and `description`. Empty means all examples.
+    """
+    approximate: _builtins.bool
+    """Whether the index's FAISS files may be searched instead of every stored code, as far as the build's floor of recall
+    asks: QueryInfluences.recall says how well that finds. Influences are exact for what is found.
     """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
@@ -648,10 +659,11 @@ class FindInfluencesRequest(_message.Message):
         resolve: Global___ResolveMode.ValueType = ...,
         steps: _abc.Iterable[_builtins.int] | None = ...,
         where: _builtins.str = ...,
+        approximate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "k", b"k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "index", b"index", "k", b"k", "queries", b"queries", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "approximate", b"approximate", "index", b"index", "k", b"k", "queries", b"queries", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015

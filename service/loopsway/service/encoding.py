@@ -56,6 +56,7 @@ def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindI
             query=_query_message(answer.query),
             total=ranking(answer.ranking.total),
             steps=[ranking(step) for step in answer.ranking.steps],
+            recall=answer.ranking.recall,
         )
         for answer in answers
     ]

@@ -85,7 +85,14 @@ class Engine:
         return self._model is not None
 
     async def find_influences(
-        self, queries: Sequence[Query], *, k: int, resolve: Resolve, steps: Sequence[int] | None, where: str | None
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int,
+        resolve: Resolve,
+        steps: Sequence[int] | None,
+        where: str | None,
+        exact: bool = True,
     ) -> list[Influences]:
         """Ranks the index's examples for each query; arguments as for `Index.search`.
 
@@ -94,7 +101,7 @@ class Engine:
         """
         with self._place():
             resolved = await self._resolve(queries)
-            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps, where))
+            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps, where, exact))
         return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
 
     async def trajectories(
@@ -218,13 +225,14 @@ class Engine:
         resolve: Resolve,
         steps: Sequence[int] | None,
         where: str | None,
+        exact: bool,
     ) -> list[Ranking]:
         rankings: dict[int, Ranking] = {}
         for rows in _by_steps(queries):
             sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
             # Each field was checked before it came here: what is left is steps that the query doesn't have.
             with _refusing("steps" if steps else "resolve"):
-                found = self.index.search(sketches, k=k, resolve=resolve, steps=steps, where=where)
+                found = self.index.search(sketches, k=k, resolve=resolve, steps=steps, where=where, exact=exact)
             rankings |= zip(rows, found, strict=True)
         return [rankings[row] for row in range(len(queries))]
 

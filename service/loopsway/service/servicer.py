@@ -115,7 +115,14 @@ class Servicer(AttributionServicer):
         resolve = decoding.resolve_from(request.resolve)
         steps = decoding.steps_from(request.steps)
         queries = decoding.queries_from(request.queries, engine.index, settings)
-        answers = await engine.find_influences(queries, k=k, resolve=resolve, steps=steps, where=request.where or None)
+        answers = await engine.find_influences(
+            queries,
+            k=k,
+            resolve=resolve,
+            steps=steps,
+            where=request.where or None,
+            exact=not request.approximate,
+        )
         count = sum(
             len(ranked.example_ids)
             for answer in answers
