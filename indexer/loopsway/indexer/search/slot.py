@@ -28,12 +28,11 @@ from ..store.generation import Generation
 from ..store.row_table import open_row_table
 from .device_scan import DeviceScan
 from .products import exact_products
-from .scan import Candidates, Rows, code_queries, in_threads, scan
+from .scan import Rows, Scored, in_threads, ranked, scan
 
 FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32  # of FAISS's
-SCAN_EXTRA, WIDENING = 16, 8  # candidates of a scan beyond k; more, times this, while one left out could be better
 SCAN_QUERIES = 64  # in one pass over the codes
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
@@ -151,8 +150,9 @@ class Slot:
             exact: whether every code is read; or FAISS's candidates are taken.
 
         Returns:
-            For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row: the
-            first k and the last k are the answer, as far as they are proponents and opponents.
+            For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row. The
+            answer is among them: the first k, and the last k but for rows that score as the k-th last does, of which
+            the first count; as far as these are proponents and opponents.
         """
         if kept is not None and self._kept is not None:
             kept = kept & self._kept
@@ -164,23 +164,16 @@ class Slot:
         return [answer for part in parts for answer in search(part, k, kept)]
 
     def _scanned(self, queries: np.ndarray, k: int, kept: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows, count = self._rows_to_scan(kept), k + SCAN_EXTRA
-        answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        while waiting := [query for query in range(len(queries)) if query not in answers]:
-            largest, smallest = self._candidates_of_scan(queries[waiting], rows, count)
-            candidates = [np.union1d(*both) for both in zip(largest.rows, smallest.rows, strict=True)]
-            found = in_threads(self._ranked, zip(candidates, queries[waiting], strict=True))
-            for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
-                if _is_whole(answer[1], upper, k) and _is_whole(-answer[1][::-1], lower, k):
-                    answers[query] = answer
-            count *= WIDENING
-        return [answers[query] for query in range(len(queries))]
-
-    def _candidates_of_scan(self, queries: np.ndarray, rows: Rows, count: int) -> tuple[Candidates, Candidates]:
+        rows = self._rows_to_scan(kept)
         if self._device_scan is None:
-            return scan(code_queries(queries, self._bits), rows, count)
+            return scan(queries, self._bits, rows, k, self._scored)
         name = (self._generation.folder.address, self.step)
-        return self._device_scan.scan(name, queries, self._bits, rows, count)
+        return self._device_scan.scan(name, queries, self._bits, rows, k, self._scored)
+
+    def _scored(self, query: np.ndarray) -> Scored:
+        """Gives the scores, float64 [n], of rows."""
+        products = exact_products(query[None], self._bits)
+        return lambda rows: products(self.codes(rows))[:, 0] * self.factors[rows]
 
     def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
         plan = self._generation.plan
@@ -233,10 +226,7 @@ class Slot:
     def _ranked(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of rows and a query: the rows and their scores, the largest first; equal ones by row."""
         rows, query = asked
-        products = exact_products(query[None], self._bits)(self.codes(rows))[:, 0]
-        scores = (products * self.factors[rows]).astype(np.float32)
-        order = np.lexsort((rows, -scores))
-        return rows[order], scores[order]
+        return ranked(rows, self._scored(query)(rows))
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Estimated inner products of all rows with rotated queries [M, W]; float32 [M, N], as `search` scores them."""
@@ -280,17 +270,6 @@ def shard_rows(num_examples: int, bytes_of_a_row: int, block_rows: int) -> int:
     """Rows of a shard for a new part: whole blocks."""
     least = max(SHARD_BYTES // bytes_of_a_row, -(-num_examples // MOST_SHARDS))
     return -(-least // block_rows) * block_rows
-
-
-def _is_whole(scores: np.ndarray, limit: float, k: int) -> bool:
-    """Whether no row that a scan left out is among the k of largest positive score.
-
-    Args:
-        scores: of the candidates, the largest first.
-        limit: no row that was left out scores more.
-        k: how many are wanted.
-    """
-    return limit <= 0 or (len(scores) >= k and scores[k - 1] > limit)
 
 
 def inner_products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
