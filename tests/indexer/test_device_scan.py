@@ -33,7 +33,7 @@ from loopsway.indexer.search.scan import Rows
 from loopsway.indexer.sketches.coding import row_bytes
 
 from .conftest import answered, build
-from .test_scan import COUNT, rows_of
+from .test_scan import ARRANGEMENTS, COUNT, Arrange, arranged, coded, rows_of, scorer, sides
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -96,6 +96,20 @@ def test_no_row_that_is_left_out_scores_more_than_the_limit(
                 if query in (1, 2, 3):
                     best = may[np.argsort(-sign * scores[query, may])[:5]]
                     assert set(best) <= set(own), "twenty by their bounds hold the five best"
+
+
+@pytest.mark.parametrize("arrange", ARRANGEMENTS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scan_finds_what_a_reading_of_all_finds(device: str, bits: int, arrange: Arrange) -> None:
+    queries, sketches = arranged(arrange, np.random.default_rng(bits), 5, 128, COUNT)
+    rows, decoded = coded(sketches, bits)
+    scores, scan = queries.astype(np.float64) @ decoded.T, DeviceScan(torch.device(device), AMPLE)
+    for k in (1, 10, 500):
+        for own, answer in zip(
+            scores.astype(np.float32), scan.scan("slot", queries, bits, rows, k, scorer(queries, scores)), strict=True
+        ):
+            assert sides(answer, k) == sides((np.arange(COUNT), own), k)
 
 
 @pytest.mark.parametrize("bits", BITS)

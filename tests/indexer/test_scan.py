@@ -74,6 +74,19 @@ def sides(answer: scan.Answer, k: int) -> list[tuple[list[int], list[float]]]:
     return found
 
 
+Arrange = Callable[[np.ndarray, np.ndarray, np.random.Generator], None]
+
+
+def arranged(
+    arrange: Arrange, rng: np.random.Generator, num_queries: int, width: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotated queries [M, W] and rows [N, W], of which `arrange` has made something harder than Gaussian noise."""
+    queries, rows = rng.standard_normal((num_queries, width)), rng.standard_normal((num_rows, width))
+    arrange(rows, queries, rng)
+    first, second = (rotate(torch.from_numpy(each.astype(np.float32)), seed=0).numpy() for each in (queries, rows))
+    return first, second
+
+
 def random(rows: np.ndarray, queries: np.ndarray, _: np.random.Generator) -> None:
     queries[-1, 0] = 50  # its peak
 
@@ -119,16 +132,12 @@ ARRANGEMENTS = [random, equal_rows, one_row, near_copies, zeros, like_queries, h
 @pytest.mark.parametrize("arrange", ARRANGEMENTS)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_scan_finds_what_a_reading_of_all_finds(
-    bits: int, arrange: Callable[..., None], constants: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    bits: int, arrange: Arrange, constants: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(monkeypatch, **constants)
     rng = np.random.default_rng([bits, ARRANGEMENTS.index(arrange)])
     for num_queries, width, num_rows in ((1, 1024, 5), (1, 64, 1500), (2, 128, 1500), (9, 256, 1500)):
-        sketches, queries = rng.standard_normal((num_rows, width)), rng.standard_normal((num_queries, width))
-        arrange(sketches, queries, rng)
-        sketches, queries = (
-            rotate(torch.from_numpy(each.astype(np.float32)), seed=0).numpy() for each in (sketches, queries)
-        )
+        queries, sketches = arranged(arrange, rng, num_queries, width, num_rows)
         some = np.flatnonzero(rng.random(num_rows) < rng.choice([0.01, 0.1, 0.9]))
         rows, decoded = coded(sketches, bits)
         scores = queries.astype(np.float64) @ decoded.T

@@ -8,9 +8,9 @@ out, others are scored exactly, those that may exceed it most first, and floors 
 be among the best, and nothing is scanned again, unless too many rows of sign bits reach a floor (near copies, or rows
 all alike): then their query meets more of its bit planes.
 
-Rows are taken in stretches of whole blocks, of which at most `ESTIMATES` are held, 32 MiB; beside them a thread needs
-some arrays of at most `STRETCH_ROWS` numbers, 4 MiB each, and the codes of a batch that it scores. (Both hold as far as
-single blocks allow.) Estimates, widths and floors are those of queries over their peaks.
+Rows are taken in stretches, of whole blocks, so that at most `ESTIMATES` are held, 32 MiB. Beside them a thread needs a
+few arrays of one number for each row of a stretch, at most `STRETCH_ROWS`, 4 MiB each, and what exact scores of a batch
+need. (A single block is a stretch, however large.) Estimates, widths and floors are of queries over their peaks.
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ def _taken(coded: CodedQueries, best: Sequence[_Best], rows: Rows, blocks: Seque
 def _estimate(coded: CodedQueries, rows: Rows, block: int, out: np.ndarray) -> None:
     """Writes the estimates [M, n] of a block, which is not read where all are 0."""
     factors = rows.factors[rows.blocks[block].start : rows.blocks[block].stop]
-    live = np.flatnonzero(factors)
-    if len(live) >= max(1, SPARSE * len(factors)):
+    if np.count_nonzero(factors) > SPARSE * len(factors):
         coded.estimate(rows.codes(block), out)
         out *= factors
         return
     out[...] = 0
+    live = np.flatnonzero(factors)
     if len(live):
         few = np.empty((len(out), len(live)), np.float32)
         coded.estimate(rows.codes(block)[live], few)

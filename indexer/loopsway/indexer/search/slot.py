@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..sketches.coding import decode, variance_factor
+from ..sketches.coding import decode, row_bytes, variance_factor
 from ..store.folders import FileFacts, IndexDamagedError
 from ..store.generation import Generation
 from ..store.row_table import open_row_table
@@ -34,6 +34,7 @@ FAISS_FOLDER = "faiss"
 QUERY_BITS = 8  # of a query in RaBitQ's scan; 8 lose nothing measurable before scoring again
 EXTRA_CANDIDATES = 32  # of FAISS's
 SCAN_QUERIES = 64  # in one pass over the codes
+SCORED_BYTES = 16 << 20  # of codes that are copied out at once to score their rows
 SHARD_BYTES, MOST_SHARDS = 32 << 20, 64  # a shard has at least so many bytes of codes, a slot at most so many shards
 
 
@@ -173,7 +174,16 @@ class Slot:
     def _scored(self, query: np.ndarray) -> Scored:
         """Gives the scores, float64 [n], of rows."""
         products = exact_products(query[None], self._bits)
-        return lambda rows: products(self.codes(rows))[:, 0] * self.factors[rows]
+        at_once = max(1, SCORED_BYTES // row_bytes(self._generation.plan.width, self._bits))
+
+        def scored(rows: np.ndarray) -> np.ndarray:
+            parts = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
+            return (
+                np.concatenate([np.empty(0), *(products(self.codes(part))[:, 0] for part in parts)])
+                * self.factors[rows]
+            )
+
+        return scored
 
     def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
         plan = self._generation.plan

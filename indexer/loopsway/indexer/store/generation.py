@@ -327,7 +327,7 @@ class Generation:
         digest = partial(self._chunk_digest, block, chunk)
         try:
             with self.folder.local(f"{ARRAYS}/{chunk}", digest, partial(self._codes_digest, block)) as file:
-                # A plain array of the map: whatever cuts a memmap takes microseconds.
+                # A plain array of the map, as in row_table.py.
                 mapped = np.asarray(np.memmap(file, dtype=self._dtype, mode="r", shape=shape))
         except (StorageError, IndexDamagedError):
             raise
