@@ -13,10 +13,10 @@ import torch
 from looped import Labelled, LoopedTask
 from loopsway.indexer import SketchConfig, delete_examples, open_index
 from loopsway.indexer.config import BITS
-from loopsway.indexer.search import coded_queries, scan
+from loopsway.indexer.search import coded_queries, scan, slot
 from loopsway.indexer.search.filters import FilterError, matching_rows
 from loopsway.indexer.search.products import TILE_QUERIES, exact_products
-from loopsway.indexer.sketches.coding import decode, encode, rotate
+from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
 
 from .conftest import answered, build
 
@@ -236,6 +236,13 @@ def test_an_answer_is_the_same_on_any_threads_and_in_any_batch(whole_index: Path
     finally:
         torch.set_num_threads(threads)
     assert answered([index.search(query, k=7) for query in queries()]) == together
+
+
+def test_rows_that_are_scored_in_parts_have_the_same_scores(whole_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = open_index(whole_index)
+    together = answered(index.search(queries(), k=7))
+    monkeypatch.setattr(slot, "SCORED_BYTES", 3 * row_bytes(256, index.bits))
+    assert answered(index.search(queries(), k=7)) == together
 
 
 def test_equal_scores_come_by_row(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ all alike): then their query meets more of its bit planes.
 
 Rows are taken in stretches, of whole blocks, so that at most `ESTIMATES` are held, 32 MiB. Beside them a thread needs a
 few arrays of one number for each row of a stretch, at most `STRETCH_ROWS`, 4 MiB each, and what exact scores of a batch
-need. (A single block is a stretch, however large.) Estimates, widths and floors are of queries over their peaks.
+need: some 70 MiB with two threads. (A single block is a stretch, however large.) Estimates, widths and floors are those
+of queries over their peaks.
 """
 
 from __future__ import annotations

@@ -177,11 +177,8 @@ class Slot:
         at_once = max(1, SCORED_BYTES // row_bytes(self._generation.plan.width, self._bits))
 
         def scored(rows: np.ndarray) -> np.ndarray:
-            parts = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
-            return (
-                np.concatenate([np.empty(0), *(products(self.codes(part))[:, 0] for part in parts)])
-                * self.factors[rows]
-            )
+            parts = np.split(rows, range(at_once, len(rows), at_once))
+            return np.concatenate([products(self.codes(part))[:, 0] for part in parts]) * self.factors[rows]
 
         return scored
 
