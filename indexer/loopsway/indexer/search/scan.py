@@ -183,7 +183,7 @@ class _Best:
 
     def take(self, start: int, estimates: np.ndarray, widths: np.ndarray, most: int) -> bool:
         """Takes in a stretch that begins with the row `start`; not all of it, and False, if more rows reach a floor."""
-        known = self.answer[0] - start  # of stretches before, and of this one when it met fewer planes
+        known = self.answer[0] - start  # those of this stretch: taken in when the query met fewer planes
         known = known[(known >= 0) & (known < len(estimates))]
         first = np.setdiff1d(_extremes(estimates, self._k + EXTRA), known)
         self._add(first + start)
