@@ -38,6 +38,7 @@ def test_influences_within_two_standard_errors_are_marked_and_dim() -> None:
     total = Ranking(step=None, proponents=(influencer("sure", 1, 0.4), influencer("unsure", 1, 0.5)), opponents=())
     first = Ranking(step=0, proponents=(), opponents=(influencer("hurts", -3, 0.1),))
     result = InfluenceResult(
+        recall=1.0,
         query=QuerySummary(num_steps=1, losses=(0.5,), steps_without_gradient=(0,)),
         total=total,
         steps=(first,),
@@ -61,7 +62,9 @@ def test_influences_within_two_standard_errors_are_marked_and_dim() -> None:
 def test_an_answer_without_any_influence_says_none() -> None:
     nothing = Ranking(step=None, proponents=(), opponents=())
     summary = QuerySummary(num_steps=1, losses=(), steps_without_gradient=())
-    result = InfluenceResult(query=summary, total=nothing, steps=(), index="i", generation=1, fingerprint="f")
+    result = InfluenceResult(
+        recall=1.0, query=summary, total=nothing, steps=(), index="i", generation=1, fingerprint="f"
+    )
     answer = Answer(question="?", resolve="query_step", result=result, trajectories=None)
     console = Console(file=io.StringIO(), width=100)
     rankings.show(answer, console)

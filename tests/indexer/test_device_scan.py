@@ -33,7 +33,7 @@ from loopsway.indexer.search.scan import Rows
 from loopsway.indexer.sketches.coding import row_bytes
 
 from .conftest import answered, build
-from .test_scan import COUNT, rows_of
+from .test_scan import ARRANGEMENTS, COUNT, Arrange, arranged, coded, rows_of, scorer, sides
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -86,7 +86,7 @@ def test_no_row_that_is_left_out_scores_more_than_the_limit(
     scores = queries.astype(np.float64) @ decoded.T
     may = np.arange(COUNT) if kept is None else np.flatnonzero(kept)
     for _ in range(2):  # from the store, then from the device
-        for sign, candidates in zip((1, -1), scan.scan("slot", queries, bits, rows, 20), strict=True):
+        for sign, candidates in zip((1, -1), scan.candidates("slot", queries, bits, rows, 20), strict=True):
             assert candidates.rows.shape == (5, min(20, len(may)))
             for query, (own, limit) in enumerate(zip(candidates.rows, candidates.limits, strict=True)):
                 assert set(own) <= set(may)
@@ -98,13 +98,27 @@ def test_no_row_that_is_left_out_scores_more_than_the_limit(
                     assert set(best) <= set(own), "twenty by their bounds hold the five best"
 
 
+@pytest.mark.parametrize("arrange", ARRANGEMENTS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scan_finds_what_a_reading_of_all_finds(device: str, bits: int, arrange: Arrange) -> None:
+    queries, sketches = arranged(arrange, np.random.default_rng(bits), 5, 128, COUNT)
+    rows, decoded = coded(sketches, bits)
+    scores, scan = queries.astype(np.float64) @ decoded.T, DeviceScan(torch.device(device), AMPLE)
+    for k in (1, 10, 500):
+        for own, answer in zip(
+            scores.astype(np.float32), scan.scan("slot", queries, bits, rows, k, scorer(queries, scores)), strict=True
+        ):
+            assert sides(answer, k) == sides((np.arange(COUNT), own), k)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_limits_are_no_wider_than_they_need_be(device: str, bits: int) -> None:
     """What products may lose is small against the distance between the tenth and the eighteenth score."""
     rows, decoded = rows_of(bits, 4096)
     queries = draw(8, 4096)
-    largest, _ = DeviceScan(torch.device(device), AMPLE).scan("slot", queries, bits, rows, 18)
+    largest, _ = DeviceScan(torch.device(device), AMPLE).candidates("slot", queries, bits, rows, 18)
     tenth = -np.sort(-(queries @ decoded.T), axis=1)[:, 9]
     assert (tenth > largest.limits).all()
 
@@ -126,7 +140,7 @@ def test_what_is_held_is_not_read_again_and_the_least_recently_used_leaves(devic
         ("large", whole, ["c", "a"]),
         ("b", whole, ["a", "b"]),
     ):
-        scan.scan(name, draw(1, 64), bits[name], slots[name].rows, 5)
+        scan.candidates(name, draw(1, 64), bits[name], slots[name].rows, 5)
         reads[name] += num_read
         assert {name: rows.num_read for name, rows in slots.items()} == reads
         assert scan.held == held
@@ -136,13 +150,13 @@ def test_blocks_without_kept_rows_are_not_read_unless_they_are_to_be_held() -> N
     rows, _ = rows_of(1, 64, np.arange(COUNT) < 10)
     for budget, expected in ((0, 1), (AMPLE, len(rows.blocks))):
         counted = CountedRows(rows)
-        DeviceScan(torch.device("cpu"), budget).scan("slot", draw(1, 64), 1, counted.rows, 5)
+        DeviceScan(torch.device("cpu"), budget).candidates("slot", draw(1, 64), 1, counted.rows, 5)
         assert counted.num_read == expected
 
 
 def test_without_a_budget_a_device_that_tells_no_free_memory_holds_nothing() -> None:
     scan = DeviceScan(torch.device("cpu"))
-    scan.scan("slot", draw(1, 64), 1, rows_of(1, 64)[0], 5)
+    scan.candidates("slot", draw(1, 64), 1, rows_of(1, 64)[0], 5)
     assert scan.held == []
 
 
@@ -171,15 +185,15 @@ def test_a_device_without_memory_for_a_slot_scans_it_block_by_block(caplog: pyte
         kept=np.arange(count) >= count - block,
     )
     scan, (small, _) = DeviceScan(torch.device("cpu"), 2 * count * width * 4), rows_of(1, 64)
-    scan.scan("small", draw(1, 64), 1, small, 5)
+    scan.candidates("small", draw(1, 64), 1, small, 5)
     with at_most_bytes_more(512 << 20), caplog.at_level(logging.WARNING):
-        largest, _ = scan.scan("large", draw(1, width), 32, rows, 20)
+        largest, _ = scan.candidates("large", draw(1, width), 32, rows, 20)
     best = np.argsort(-(draw(1, width)[0].astype(np.float64) @ codes.astype(np.float64).T))[:5]
     assert set(count - block + best) <= set(largest.rows[0])
     assert f"from now on at most {slot_bytes(small)} bytes of codes stay there" in caplog.text
     caplog.clear()
-    scan.scan("large", draw(1, width), 32, rows, 20)
-    scan.scan("small", draw(1, 64), 1, small, 5)
+    scan.candidates("large", draw(1, width), 32, rows, 20)
+    scan.candidates("small", draw(1, 64), 1, small, 5)
     assert (scan.held, caplog.text) == (["small"], "")
 
 
@@ -199,7 +213,7 @@ def test_a_gpu_without_memory_for_a_slot_scans_it_block_by_block(caplog: pytest.
     try:
         with caplog.at_level(logging.WARNING):
             scan = DeviceScan(torch.device("cuda"), 1 << 40)
-            largest, _ = scan.scan("large", draw(1, 1024), 32, large, 64)
+            largest, _ = scan.candidates("large", draw(1, 1024), 32, large, 64)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert set(largest.rows[0]) == set(range(64))
@@ -218,7 +232,7 @@ def test_limits_hold_whatever_precision_a_program_asks_for(
     queries, precision = draw(8, 1024), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        found = DeviceScan(torch.device("cuda"), AMPLE).scan("slot", queries, bits, rows, 20)
+        found = DeviceScan(torch.device("cuda"), AMPLE).candidates("slot", queries, bits, rows, 20)
     finally:
         torch.set_float32_matmul_precision(precision)
     scores = queries.astype(np.float64) @ decoded.T

@@ -1,7 +1,9 @@
-"""A scan's limits hold: no row that it leaves out scores more, whatever the bits, the queries and the filter."""
+"""A scan finds what a reading of every code in float64 finds, whatever the bits, rows, queries and filter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +13,26 @@ import torch
 from looped import Labelled, LoopedTask
 from loopsway.indexer import SketchConfig, delete_examples, open_index
 from loopsway.indexer.config import BITS
-from loopsway.indexer.search import scan
+from loopsway.indexer.search import coded_queries, scan, slot
 from loopsway.indexer.search.filters import FilterError, matching_rows
 from loopsway.indexer.search.products import TILE_QUERIES, exact_products
-from loopsway.indexer.sketches.coding import decode, encode
+from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
 
 from .conftest import answered, build
 
 COUNT, BLOCK = 700, 64
+PAIRS = {"PAIRED_ROW_BYTES": 1, "PAIRED_COLUMNS": 1000, "PAIRED_QUERIES": 1000, "PAIRED_QUERY_BYTES": 1 << 30}
+NO_PAIRS = {"PAIRED_COLUMNS": 0, "PAIRED_QUERIES": 0}
+SMALL = {"BATCH": 64, "TOO_MANY": 0, "ESTIMATES": 5000}  # several stretches; sign bits meet more planes
 
 
-def rows_of(bits: int, width: int, kept: np.ndarray | None = None) -> tuple[scan.Rows, np.ndarray]:
-    """Coded rows of many sizes, a zero one among them, and what they decode to."""
-    rng = np.random.default_rng(bits + width)
-    sketches = rng.standard_normal((COUNT, width)) * np.exp(rng.standard_normal((COUNT, 1)))
-    sketches[13] = 0
+def coded(sketches: np.ndarray, bits: int, kept: np.ndarray | None = None) -> tuple[scan.Rows, np.ndarray]:
+    """Coded rows, and what they decode to."""
     codes = encode(torch.from_numpy(sketches.astype(np.float32)), bits)
     decoded = decode(codes.codes, codes.factors, bits)
     live = codes.factors > 0
-    blocks = [range(start, min(start + BLOCK, COUNT)) for start in range(0, COUNT, BLOCK)]
-    longest = (np.linalg.norm(decoded[live], axis=1) / codes.factors[live]).max()
+    blocks = [range(start, min(start + BLOCK, len(decoded))) for start in range(0, len(decoded), BLOCK)]
+    longest = (np.linalg.norm(decoded[live].astype(np.float64), axis=1) / codes.factors[live]).max()
     rows = scan.Rows(
         blocks=blocks,
         codes=lambda block: codes.codes[blocks[block].start : blocks[block].stop],
@@ -41,41 +43,159 @@ def rows_of(bits: int, width: int, kept: np.ndarray | None = None) -> tuple[scan
     return rows, decoded.astype(np.float64)
 
 
-@pytest.mark.parametrize("waiting", [scan.WAITING, 100])
-@pytest.mark.parametrize("share", [None, 0.9, 0.1, 0.0])
-@pytest.mark.parametrize("width", [64, 1024])
+def rows_of(bits: int, width: int, kept: np.ndarray | None = None) -> tuple[scan.Rows, np.ndarray]:
+    """Coded rows of many sizes, a zero one among them, and what they decode to."""
+    rng = np.random.default_rng(bits + width)
+    sketches = rng.standard_normal((COUNT, width)) * np.exp(rng.standard_normal((COUNT, 1)))
+    sketches[13] = 0
+    return coded(sketches, bits, kept)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
+    for name, value in constants.items():
+        monkeypatch.setattr(scan if hasattr(scan, name) else coded_queries, name, value)
+
+
+Scorer = Callable[[np.ndarray], scan.Scored]
+
+
+def scorer(queries: np.ndarray, scores: np.ndarray) -> Scorer:
+    """Gives scores [M, N] that are known."""
+    known = {query.tobytes(): own for query, own in zip(queries, scores, strict=True)}
+    return lambda query: known[query.tobytes()].__getitem__
+
+
+def sides(answer: scan.Answer, k: int) -> list[tuple[list[int], list[float]]]:
+    """The rows and scores of the k proponents and the k opponents, each the strongest first; equal ones by row."""
+    found = []
+    for sign in (1, -1):
+        strongest = sorted((-sign * score, row) for row, score in zip(*map(np.ndarray.tolist, answer), strict=True))[:k]
+        found.append(([row for score, row in strongest if score < 0], [-score for score, _ in strongest if score < 0]))
+    return found
+
+
+Arrange = Callable[[np.ndarray, np.ndarray, np.random.Generator], None]
+
+
+def arranged(
+    arrange: Arrange, rng: np.random.Generator, num_queries: int, width: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotated queries [M, W] and rows [N, W], of which `arrange` has made something harder than Gaussian noise."""
+    queries, rows = rng.standard_normal((num_queries, width)), rng.standard_normal((num_rows, width))
+    arrange(rows, queries, rng)
+    first, second = (rotate(torch.from_numpy(each.astype(np.float32)), seed=0).numpy() for each in (queries, rows))
+    return first, second
+
+
+def random(rows: np.ndarray, queries: np.ndarray, _: np.random.Generator) -> None:
+    queries[-1, 0] = 50  # its peak
+
+
+def equal_rows(rows: np.ndarray, queries: np.ndarray, _: np.random.Generator) -> None:
+    rows[len(rows) // 2 :][: len(rows) // 4] = rows[: len(rows) // 4]
+
+
+def one_row(rows: np.ndarray, queries: np.ndarray, _: np.random.Generator) -> None:
+    rows[3:] = rows[0]
+
+
+def near_copies(rows: np.ndarray, queries: np.ndarray, _: np.random.Generator) -> None:
+    rows[: len(rows) // 2] = queries[0] + 0.1 * rows[: len(rows) // 2]
+
+
+def zeros(rows: np.ndarray, queries: np.ndarray, _: np.random.Generator) -> None:
+    rows[::2] = 0
+    queries[-1] = 0
+
+
+def like_queries(rows: np.ndarray, queries: np.ndarray, rng: np.random.Generator) -> None:
+    noise = rows * rng.uniform(0, 4, (len(rows), 1))
+    rows[:] = queries[rng.integers(len(queries), size=len(rows))] * rng.choice([-1, 1], (len(rows), 1)) + noise
+
+
+def huge_and_tiny(rows: np.ndarray, queries: np.ndarray, rng: np.random.Generator) -> None:
+    rows *= 10.0 ** rng.uniform(-8, 8, (len(rows), 1))
+    queries *= 1e-20
+
+
+def subnormal_scores(rows: np.ndarray, queries: np.ndarray, rng: np.random.Generator) -> None:
+    rows *= 10.0 ** rng.uniform(-9.2, -9, (len(rows), 1))  # most are equal to others
+    queries *= 1e-36
+
+
+ARRANGEMENTS = [random, equal_rows, one_row, near_copies, zeros, like_queries, huge_and_tiny, subnormal_scores]
+
+
+@pytest.mark.parametrize(
+    "constants", [{}, PAIRS, PAIRS | SMALL, NO_PAIRS | SMALL], ids=["usual", "pairs", "small-pairs", "small-no-pairs"]
+)
+@pytest.mark.parametrize("arrange", ARRANGEMENTS)
 @pytest.mark.parametrize("bits", BITS)
-def test_no_row_that_is_left_out_scores_more_than_the_limit(
-    bits: int, width: int, share: float | None, waiting: int, monkeypatch: pytest.MonkeyPatch
+def test_a_scan_finds_what_a_reading_of_all_finds(
+    bits: int, arrange: Arrange, constants: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "WAITING", waiting)
-    rng = np.random.default_rng(1)
-    kept = None if share is None else rng.random(COUNT) < share
-    rows, decoded = rows_of(bits, width, kept)
-    queries = rng.standard_normal((5, width)).astype(np.float32) * np.array([[1e-20], [1], [1e4], [1], [0]], np.float32)
-    queries[3, 0] = 50  # its peak
-    found = scan.scan(scan.code_queries(queries, bits), rows, 20)
-    scores = queries.astype(np.float64) @ decoded.T
-    for sign, candidates in zip((1, -1), found, strict=True):
-        may = np.arange(COUNT) if kept is None else np.flatnonzero(kept)
-        assert candidates.rows.shape == (5, min(20, len(may)))
-        for query, (own, limit) in enumerate(zip(candidates.rows, candidates.limits, strict=True)):
-            assert set(own) <= set(may)
-            assert len(set(own)) == len(own)
-            out = np.setdiff1d(may, own)
-            assert (sign * scores[query, out] <= limit).all()
-            if query in (1, 2):
-                best = may[np.argsort(-sign * scores[query, may])[:5]]
-                assert set(best) <= set(own), "twenty by their bounds hold the five best"
+    force(monkeypatch, **constants)
+    rng = np.random.default_rng([bits, ARRANGEMENTS.index(arrange)])
+    for num_queries, width, num_rows in ((1, 1024, 5), (1, 64, 1500), (2, 128, 1500), (9, 256, 1500)):
+        queries, sketches = arranged(arrange, rng, num_queries, width, num_rows)
+        some = np.flatnonzero(rng.random(num_rows) < rng.choice([0.01, 0.1, 0.9]))
+        rows, decoded = coded(sketches, bits)
+        scores = queries.astype(np.float64) @ decoded.T
+        for k, may in ((1, np.arange(num_rows)), (10, some), (500, np.arange(num_rows))):
+            kept = None if len(may) == num_rows else np.isin(np.arange(num_rows), may)
+            found = scan.scan(queries, bits, replace(rows, kept=kept), k, scorer(queries, scores))
+            for own, answer in zip(scores.astype(np.float32), found, strict=True):
+                assert len(answer[0]) <= 2 * k
+                assert sides(answer, k) == sides((may, own[may]), k)
 
 
-def test_limits_are_no_wider_than_they_need_be() -> None:
-    """With sign bits of usual width a scan's first candidates suffice."""
-    rows, decoded = rows_of(1, 4096)
-    queries = np.random.default_rng(2).standard_normal((8, 4096)).astype(np.float32)
-    largest, _ = scan.scan(scan.code_queries(queries, 1), rows, 18)
-    tenth = -np.sort(-(queries @ decoded.T), axis=1)[:, 9]
-    assert (tenth > largest.limits).mean() > 0.7
+@pytest.mark.parametrize("share", [0.9, 0.1, 0.02, 0.0])
+@pytest.mark.parametrize("bits", BITS)
+def test_blocks_of_which_nothing_may_be_found_are_not_read(bits: int, share: float) -> None:
+    kept = np.random.default_rng(1).random(COUNT) < share
+    kept[13] = True  # a row of zeros, which is not found either
+    rows, decoded = rows_of(bits, 64, kept)
+    queries, read = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32), []
+    rows = replace(rows, codes=lambda block, codes=rows.codes: (read.append(block), codes(block))[1])
+    found = scan.scan(queries, bits, rows, 5, scorer(queries, queries @ decoded.T))
+    kept[13] = False
+    assert sorted(read) == [block for block, own in enumerate(rows.blocks) if kept[own.start : own.stop].any()]
+    assert all(kept[row] for answer in found for row in answer[0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_few_rows_are_scored_exactly(bits: int) -> None:
+    """With 4,096 coordinates, of 700 rows some 20 of each sign for a first floor, and few more."""
+    rows, decoded = rows_of(bits, 4096)
+    queries, scored = np.random.default_rng(2).standard_normal((8, 4096)).astype(np.float32), []
+    known = scorer(queries, queries @ decoded.T)
+
+    def counted(query: np.ndarray) -> scan.Scored:
+        return lambda rows: (scored.append(len(rows)), known(query)(rows))[1]
+
+    scan.scan(queries, bits, rows, 5, counted)
+    assert sum(scored) / len(queries) < 70
+
+
+def test_stretches_hold_so_many_estimates() -> None:
+    blocks = [range(start, start + 100) for start in range(0, 10_000, 100)]
+    for num_queries in (1, 7, 64, 1 << 22):
+        stretches = list(scan._stretches(blocks, num_queries))
+        assert [block for stretch in stretches for block in stretch] == list(range(100))
+        assert all(len(stretch) == 1 or 100 * len(stretch) * num_queries <= scan.ESTIMATES for stretch in stretches)
+
+
+def test_a_scan_is_the_same_on_any_threads() -> None:
+    rows, decoded = rows_of(1, 1024)
+    queries, threads = np.random.default_rng(3).standard_normal((9, 1024)).astype(np.float32), torch.get_num_threads()
+    scores, found = queries @ decoded.T, []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([sides(each, 7) for each in scan.scan(queries, 1, rows, 7, scorer(queries, scores))])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -116,6 +236,13 @@ def test_an_answer_is_the_same_on_any_threads_and_in_any_batch(whole_index: Path
     finally:
         torch.set_num_threads(threads)
     assert answered([index.search(query, k=7) for query in queries()]) == together
+
+
+def test_rows_that_are_scored_in_parts_have_the_same_scores(whole_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = open_index(whole_index)
+    together = answered(index.search(queries(), k=7))
+    monkeypatch.setattr(slot, "SCORED_BYTES", 3 * row_bytes(256, index.bits))
+    assert answered(index.search(queries(), k=7)) == together
 
 
 def test_equal_scores_come_by_row(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 N rows, n rows of a tile, M queries, W width, L stored values of a row.
 
-As scan.py does, it gives the rows that can be among the best, and a limit that no other row is above; scores are made
-from the codes elsewhere, so that answers do not depend on the device. A tile of codes becomes numbers on the device,
-which its matrix product takes: float16, or float32 where float16 would be slow or its sums would be rounded to float16.
+The device gives *candidates*, rows of largest bounds of their scores, and a limit that no other row is above; more of
+them while one that is left out could be better. Scores are made from the codes elsewhere, so that answers do not depend
+on the device. A tile of codes becomes numbers on the device, which its matrix product takes: float16, or float32 where
+float16 would be slow or its sums would be rounded to float16.
 
 A query is rounded to float16. It, and rows of up to 16 bits, keep their values in tensor cores (float16 and TF32 have
 the same eleven bits), and what rows of 32 bits lose there is part of the limit. So limits hold with TF32 and without,
@@ -16,15 +17,18 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..sketches.coding import code_shape, decode
-from .scan import ROUNDING, Candidates, Rows, best_of, by_peaks, slack_of
+from .coded_queries import ROUNDING, by_peaks, slack_of
+from .scan import Answer, Rows, Scored, in_threads, ranked
 
+EXTRA, WIDENING = 16, 8  # candidates beyond k; more, times this, while one that is left out could be better
 TILE_BYTES = 64 << 20  # of what is made of a tile's codes
 SHARE = 0.5  # of a device's free memory that codes may take; the model and its batches need the rest
 # Of |query| |row| for each of W products: tensor cores add four or more at once, and cut off what is below the last of
@@ -33,6 +37,19 @@ TRUNCATION = 2.0**-26
 TF32_LOSS = 2.0**-10  # of a float32, at most, where TF32 cuts it off
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """Rows that may be among the best, of one sign.
+
+    Attributes:
+        rows: int64 [M, c], those of the largest bounds; fewer than asked for only if there are no more.
+        limits: float32 [M], no row that is left out scores more; -inf if none is.
+    """
+
+    rows: np.ndarray
+    limits: np.ndarray
 
 
 class DeviceScan:
@@ -60,16 +77,29 @@ class DeviceScan:
             return list(self._held)
 
     def scan(
+        self, name: Hashable, queries: np.ndarray, bits: int, rows: Rows, k: int, exact: Callable[[np.ndarray], Scored]
+    ) -> list[Answer]:
+        """As `scan.scan`, of a slot by its name, which stands for its codes; rows that are kept may differ."""
+        answers: dict[int, Answer] = {}
+        count, scored = k + EXTRA, in_threads(exact, queries)
+        while waiting := [query for query in range(len(queries)) if query not in answers]:
+            largest, smallest = self.candidates(name, queries[waiting], bits, rows, count)
+            both = [np.union1d(*each) for each in zip(largest.rows, smallest.rows, strict=True)]
+            asked = zip(waiting, both, strict=True)
+            found = in_threads(lambda asked: ranked(asked[1], scored[asked[0]](asked[1])), asked)
+            for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
+                if _is_whole(answer[1], upper, k) and _is_whole(-answer[1][::-1], lower, k):
+                    answers[query] = answer
+            count *= WIDENING
+        return [answers[query] for query in range(len(queries))]
+
+    def candidates(
         self, name: Hashable, queries: np.ndarray, bits: int, rows: Rows, count: int
     ) -> tuple[Candidates, Candidates]:
-        """As `scan.scan`: `count` rows of largest and of smallest inner product with each query, or all there are.
+        """`count` rows of largest and of smallest inner product with each query, or all there are.
 
-        Args:
-            name: of the slot, which stands for its codes.
-            queries: rotated, float32 [M, W].
-            bits: of a stored coordinate.
-            rows: to scan; which of them are kept may differ from scan to scan.
-            count: of rows, of each sign.
+        Returns:
+            Candidates of each sign; the second's limits are of the negated scores.
         """
         unit, peaks = by_peaks(queries)
         coded = unit.astype(np.float16)
@@ -82,7 +112,7 @@ class DeviceScan:
             best, order = _largest(torch.cat([best, values], dim=1), count + 1)
             whose = torch.cat([whose, places + own.start], dim=1).gather(1, order)
         bounds, found = (each.cpu().numpy().reshape(2, len(queries), -1) for each in (best, whose))
-        return best_of(bounds[0], found[0], peaks, count), best_of(bounds[1], found[1], peaks, count)
+        return _best_of(bounds[0], found[0], peaks, count), _best_of(bounds[1], found[1], peaks, count)
 
     def _codes(self, name: Hashable, rows: Rows, shape: tuple[int, np.dtype]) -> Iterator[tuple[range, Tensor]]:
         """The codes of all rows on the device, or of block after block; then they are held from now on, if they may."""
@@ -192,6 +222,26 @@ def device_scan(device: str, budget_bytes: int | None = None) -> DeviceScan | No
             f"and this torch ({torch.__version__}) have, such as 'cuda'; with device='cpu' searches need none"
         ) from error
     return None if where.type == "cpu" else DeviceScan(where, budget_bytes)
+
+
+def _best_of(values: np.ndarray, rows: np.ndarray, peaks: np.ndarray, count: int) -> Candidates:
+    """The rows of the `count` largest bounds [M, n] of queries over their peaks, of n > count or of all there are."""
+    order = np.argsort(-values, axis=1)
+    rows, values = np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1)
+    found = min(count, int(np.isfinite(values).sum(1).min()))  # rows that are not kept are -inf
+    limits = values[:, count] * peaks if values.shape[1] > count else np.full(len(values), -np.inf, np.float32)
+    return Candidates(rows=rows[:, :found], limits=limits)
+
+
+def _is_whole(scores: np.ndarray, limit: float, k: int) -> bool:
+    """Whether no row that was left out is among the k of largest positive score.
+
+    Args:
+        scores: of the candidates, the largest first.
+        limit: no row that was left out scores more.
+        k: how many are wanted.
+    """
+    return limit <= 0 or (len(scores) >= k and scores[k - 1] > limit)
 
 
 def _rounding(width: int, bits: int) -> float:

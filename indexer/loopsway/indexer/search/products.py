@@ -1,9 +1,9 @@
-"""Inner products of codes with float32 queries, of every row: what a scan bounds, and what curation reads whole.
+"""Inner products of codes with float32 queries: what a scan scores rows exactly with, and what curation reads whole.
 
 n rows, M queries, W width, L stored values of a row.
 
-Sign bits meet a query in 24 bit planes (scan.py): sums are of whole numbers, so that equal codes have equal products
-whatever is beside them. Other codes are decoded, and summed in float64.
+Sign bits meet a query in 24 bit planes (coded_queries.py): sums are of whole numbers, so that equal codes have equal
+products whatever is beside them. Other codes are decoded, and summed in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numkong
 import numpy as np
 
 from ..sketches.coding import decode
-from .scan import bit_planes
+from .coded_queries import bit_planes, query_by_query
 
 PLANES = 24  # of a query that meets sign bits: float32 holds no more
 TILE_ROWS, TILE_QUERIES = 512, 32  # of sign bits: their counts stay in the cache
@@ -51,11 +51,14 @@ def _sign_products(queries: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     peaks = np.abs(queries).max(1).astype(np.float64)
     peaks[peaks == 0] = 1
     half = 1 << (PLANES - 1)
-    cells = np.rint(queries / peaks[:, None] * (half - 1)).astype(np.int64) + half
+    cells = np.rint(queries / peaks[:, None] * (half - 1)).astype(np.int32) + half
     weights = 2.0 ** np.arange(PLANES)
-    ones = bit_planes(np.ones_like(cells[:1]), 1)  # levels are odd; with these taken off, they are 2 (cell - half)
+    ones = np.full(
+        (1, queries.shape[1] // 8), 255, np.uint8
+    )  # levels are odd; with these taken off, they are 2 (cell - half)
     groups = [cells[start : start + TILE_QUERIES] for start in range(0, len(cells), TILE_QUERIES)]
-    packed = [numkong.hammings_pack(np.concatenate([bit_planes(group, PLANES), ones])) for group in groups]
+    planes = (query_by_query(bit_planes(group, PLANES)) for group in groups)
+    packed = [numkong.hammings_pack(np.concatenate([each, ones])) for each in planes]
     scale, offset = peaks / (2 * (half - 1)), (weights.sum() - 1) * queries.shape[1]
 
     def products(codes: np.ndarray) -> np.ndarray:

@@ -1,66 +1,48 @@
-"""Scans the codes of one slot: the rows that can be among the best of either sign, for many queries in one pass.
+"""Scans the codes of one slot: the k best rows of either sign, exactly, for many queries in one pass.
 
-N rows, n rows of a block, M queries, W width, L stored values of a row.
+N rows, n rows of a stretch, M queries, L stored values of a row.
 
-A row is read once and never decoded: queries are coded instead. Sign bits meet a query's eight bit planes (xor and
-popcount), 2 to 8 bits its int8 form, 16 and 32 bits its float16 and float32 form; NumKong multiplies. What coding takes
-from a query is known, and after the random rotation of coding.py it points nowhere, so that it moves a row's score by
-|rest| |row| / sqrt(W) as a standard deviation. Each score is widened by `DEVIATIONS` of these: a row that is left out
-has a bound below the limit that the scan gives, and whoever scores the chosen rows exactly can tell whether one of
-those left out could have been better.
+A row is read once, for an *estimate* of its score that may be off by a known *width* (coded_queries.py). A *floor* is
+the k-th best exact score of a sign so far, or just above zero: a row that can't reach it with estimate and width is
+out, others are scored exactly, those that may exceed it most first, and floors rise. So nothing that is left out could
+be among the best, and nothing is scanned again, unless too many rows of sign bits reach a floor (near copies, or rows
+all alike): then their query meets more of its bit planes.
 
-While a scan runs, queries are divided by their largest entry, their peak.
+Rows are taken in stretches, of whole blocks, so that at most `ESTIMATES` are held, 32 MiB. Beside them a thread needs a
+few arrays of one number for each row of a stretch, at most `STRETCH_ROWS`, 4 MiB each, and what exact scores of a batch
+need: some 70 MiB with two threads. (A single block is a stretch, however large.) Estimates, widths and floors are those
+of queries over their peaks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
-import numkong
 import numpy as np
 import torch
 
-PLANES = 8  # of a query that meets sign bits
-DEVIATIONS = 6.0
-ROUNDING = 1e-5  # of |query| |row|: what float32 sums of W products lose
-WAITING = 1 << 20  # bounds of either sign, before the best of them are taken
-SPARSE = 0.25  # with a smaller share of kept rows, a block's are copied out before they are multiplied
+from .coded_queries import MORE_PLANES, CodedQueries, code_queries
+
+ESTIMATES, STRETCH_ROWS = 1 << 23, 1 << 20  # held at once; of a query
+SPARSE = 0.25  # with a smaller share of rows that may be found, a block's are copied out before they are multiplied
+EXTRA = 16  # rows beyond k that are scored for a first floor
+BATCH = 2048  # rows that are scored until floors rise again
+TOO_MANY = 1 / 32  # of a stretch, and more than a batch: rows that reach a floor
+GROUP = 32
+POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
+
+Scored = Callable[[np.ndarray], np.ndarray]  # of rows int64 [n]: their exact scores, float64 [n]
+Answer = tuple[
+    np.ndarray, np.ndarray
+]  # rows int64 [c], and their scores, float32, the largest first; equal ones by row
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CodedQueries:
-    """Queries in the form in which they meet codes.
-
-    Attributes:
-        products: gives <coded query, codes>, float32 [n, M], of codes [n, L]; without factors and peaks.
-        slack: float32 [M]; times the length of a row's codes, what a product may be wrong by.
-        peaks: float32 [M].
-    """
-
-    products: Callable[[np.ndarray], np.ndarray]
-    slack: np.ndarray
-    peaks: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidates:
-    """What a scan leaves over.
-
-    Attributes:
-        rows: int64 [M, c], those of the largest bounds; fewer than asked for only if there are no more.
-        limits: float32 [M], no row that is left out scores more; -inf if none is.
-    """
-
-    rows: np.ndarray
-    limits: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +52,7 @@ class Rows:
     Attributes:
         blocks: their numbers, block by block.
         codes: reads a block's codes [n, L].
-        factors: float32 [N], of the codes.
+        factors: float32 [N], of the codes; 0 for a row of zeros.
         longest: length of the longest row of codes, without its factor.
         kept: bool [N], those that may be found; None: all.
     """
@@ -84,48 +66,52 @@ class Rows:
     def any_kept(self, own: range) -> bool:
         return self.kept is None or bool(self.kept[own.start : own.stop].any())
 
-
-def code_queries(queries: np.ndarray, bits: int) -> CodedQueries:
-    """Codes rotated queries, float32 [M, W], for rows of so many bits."""
-    unit, peaks = by_peaks(queries)
-    products, coded = _CODERS[bits](unit, bits)
-    return CodedQueries(products=products, slack=slack_of(unit, coded, ROUNDING), peaks=peaks)
-
-
-def by_peaks(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Queries [M, W] over their peaks, and these, float32 [M]; the peak of zeros is 1."""
-    peaks = np.abs(queries).max(1)
-    peaks[peaks == 0] = 1
-    return queries / peaks[:, None], peaks.astype(np.float32)
+    def only_kept(self) -> Rows:
+        """The same, where rows that may not be found are rows of zeros, which no search finds."""
+        if self.kept is None:
+            return self
+        return replace(self, factors=np.where(self.kept, self.factors, np.float32(0)), kept=None)
 
 
-def slack_of(unit: np.ndarray, coded: np.ndarray, rounding: float) -> np.ndarray:
-    """Times the length of a row, what its product with a coded query may be wrong by, float32 [M].
+def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, exact: Callable[[np.ndarray], Scored]) -> list[Answer]:
+    """The k rows of largest, and the k of smallest, score with each query, as far as these are above and below zero.
+
+    As many threads read as torch has.
 
     Args:
-        unit: queries over their peaks, [M, W].
-        coded: what stands for them, [M, W].
-        rounding: of |query| |row|: what the sums lose.
-    """
-    rest, length = np.linalg.norm(unit - coded, axis=1), np.linalg.norm(unit, axis=1)
-    return (DEVIATIONS * rest / math.sqrt(unit.shape[1]) + rounding * length).astype(np.float32)
-
-
-def scan(queries: CodedQueries, rows: Rows, count: int) -> tuple[Candidates, Candidates]:
-    """The rows of largest, and those of smallest, inner product with each query, `count` of each or all there are.
+        queries: rotated, float32 [M, W].
+        bits: of a stored coordinate.
+        rows: to scan.
+        k: of each sign.
+        exact: gives what scores rows exactly, of a query [W].
 
     Returns:
-        Candidates of each sign; the second's limits are of the negated scores. As many threads read as torch has.
+        For each query at most 2 k rows, among them the answer: of equal scores the first rows, also of the smallest.
     """
-    shares = np.array_split(np.arange(len(rows.blocks)), min(torch.get_num_threads(), len(rows.blocks)))
-    best = in_threads(lambda share: _scan_blocks(queries, rows, share.tolist(), count + 1), shares)
-    signs = (_joined([each[sign] for each in best], count + 1) for sign in range(2))
-    largest, smallest = (best_of(*bounds, queries.peaks, count) for bounds in signs)
-    return largest, smallest
+    rows, coded = rows.only_kept(), code_queries(queries, bits)
+    best = in_threads(lambda asked: _Best(exact(asked[0]), float(asked[1]), k), zip(queries, coded.peaks, strict=True))
+    for blocks in _stretches(rows.blocks, len(queries)):
+        num_rows = rows.blocks[blocks[-1]].stop - rows.blocks[blocks[0]].start
+        most = max(BATCH, int(TOO_MANY * num_rows)) if bits == 1 else num_rows
+        waiting = _taken(coded, best, rows, blocks, most)
+        if waiting:
+            more = code_queries(queries[waiting], bits, MORE_PLANES)
+            _taken(more, [best[query] for query in waiting], rows, blocks, num_rows)
+    return [each.answer for each in best]
+
+
+def ranked(rows: np.ndarray, scores: np.ndarray) -> Answer:
+    """Rows and their scores, the largest first as float32; equal ones by row."""
+    scores = scores.astype(np.float32)
+    order = np.lexsort((rows, -scores))
+    return rows[order], scores[order]
 
 
 def in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
     """What a function that waits for no other thread gives of each item, in as many threads as torch has."""
+    items = list(items)
+    if len(items) == 1:
+        return [function(items[0])]
     return list(_threads(torch.get_num_threads()).map(function, items))
 
 
@@ -134,114 +120,117 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "loopsway-scan")
 
 
-_Bounds = tuple[np.ndarray, np.ndarray]  # float32 [M, n], and whose they are, int64 [M, n]
+def _stretches(blocks: Sequence[range], num_queries: int) -> Iterator[list[int]]:
+    """Numbers of blocks whose estimates are held at once."""
+    most, stretch, size = min(ESTIMATES // num_queries, STRETCH_ROWS), [], 0
+    for block, own in enumerate(blocks):
+        if stretch and size + len(own) > most:
+            yield stretch
+            stretch, size = [], 0
+        stretch.append(block)
+        size += len(own)
+    if stretch:
+        yield stretch
 
 
-def _scan_blocks(queries: CodedQueries, rows: Rows, blocks: Sequence[int], count: int) -> tuple[_Bounds, _Bounds]:
-    """The largest bounds of each sign in these blocks."""
-    none: _Bounds = np.empty((len(queries.peaks), 0), np.float32), np.empty((len(queries.peaks), 0), np.int64)
-    found, waiting, size = [(none, none)], [], 0  # waiting: rows and their products
-    for block in blocks:
-        own = np.arange(rows.blocks[block].start, rows.blocks[block].stop)
-        kept = slice(None) if rows.kept is None or rows.kept[own].mean() >= SPARSE else rows.kept[own]
-        own = own[kept]
-        if len(own):  # else nothing of the block is read
-            waiting.append((own, queries.products(rows.codes(block)[kept])))
-            size += waiting[-1][1].size
-        if waiting and (block == blocks[-1] or size > WAITING):
-            found.append(_bounds(queries, rows, waiting, count))
-            waiting, size = [], 0
-    largest, smallest = (_joined([each[sign] for each in found], count) for sign in range(2))
-    return largest, smallest
+def _taken(coded: CodedQueries, best: Sequence[_Best], rows: Rows, blocks: Sequence[int], most: int) -> list[int]:
+    """Takes in a stretch; the places of those queries for which more than `most` rows reach a floor, which did not."""
+    start, stop = rows.blocks[blocks[0]].start, rows.blocks[blocks[-1]].stop
+    estimates = np.empty((len(best), stop - start), np.float32)
+
+    def fill(share: Sequence[int]) -> None:
+        for block in share:
+            own = rows.blocks[block]
+            _estimate(coded, rows, block, estimates[:, own.start - start : own.stop - start])
+
+    shares = np.array_split(np.array(blocks), min(torch.get_num_threads(), len(blocks)))
+    in_threads(fill, [share.tolist() for share in shares])
+    lengths = rows.factors[start:stop] * np.float32(rows.longest)
+    taken = in_threads(
+        lambda place: best[place].take(start, estimates[place], lengths * coded.slack[place], most), range(len(best))
+    )
+    return [place for place, done in enumerate(taken) if not done]
 
 
-def _bounds(
-    queries: CodedQueries, rows: Rows, parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int
-) -> tuple[_Bounds, _Bounds]:
-    own = np.concatenate([each for each, _ in parts])
-    products = np.ascontiguousarray(np.concatenate([each for _, each in parts]).T)  # [M, n]
-    factors, slack = rows.factors[own], queries.slack[:, None] * np.float32(rows.longest)
-    out = None if rows.kept is None else ~rows.kept[own]
-    upper = products + slack
-    lower = np.subtract(slack, products, out=products)
-    for values in (upper, lower):
-        values *= factors
-        if out is not None:
-            values[:, out] = -np.inf
-    whose = np.broadcast_to(own, products.shape)
-    return _largest(upper, whose, count), _largest(lower, whose, count)
+def _estimate(coded: CodedQueries, rows: Rows, block: int, out: np.ndarray) -> None:
+    """Writes the estimates [M, n] of a block, which is not read where all are 0."""
+    factors = rows.factors[rows.blocks[block].start : rows.blocks[block].stop]
+    if np.count_nonzero(factors) > SPARSE * len(factors):
+        coded.estimate(rows.codes(block), out)
+        out *= factors
+        return
+    out[...] = 0
+    live = np.flatnonzero(factors)
+    if len(live):
+        few = np.empty((len(out), len(live)), np.float32)
+        coded.estimate(rows.codes(block)[live], few)
+        out[:, live] = few * factors[live]
 
 
-def _joined(parts: Sequence[_Bounds], count: int) -> _Bounds:
-    values, rows = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
-    return _largest(values, rows, count)
+class _Best:
+    """The best rows of one query so far.
 
-
-def _largest(values: np.ndarray, rows: np.ndarray, count: int) -> _Bounds:
-    """The largest for each query, in no order, or all."""
-    if values.shape[1] <= count:
-        return values, rows
-    places = np.argpartition(values, -count, axis=1)[:, -count:]
-    return np.take_along_axis(values, places, axis=1), np.take_along_axis(rows, places, axis=1)
-
-
-def best_of(values: np.ndarray, rows: np.ndarray, peaks: np.ndarray, count: int) -> Candidates:
-    """The rows of the `count` largest bounds [M, n] of queries over their peaks, of n > count or of all there are."""
-    order = np.argsort(-values, axis=1)
-    rows, values = np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1)
-    found = min(count, int(np.isfinite(values).sum(1).min()))  # rows that are not kept are -inf
-    limits = values[:, count] * peaks if values.shape[1] > count else np.full(len(values), -np.inf, np.float32)
-    return Candidates(rows=rows[:, :found], limits=limits)
-
-
-def bit_planes(cells: np.ndarray, count: int) -> np.ndarray:
-    """Packed bits [M * count, W] of cells [M, W], the lowest first.
-
-    A cell stands for 2 cell - 2^count + 1 = sum_j 2^j s_j of signs s_j, and <s_j, c> of sign codes is
-    W - 2 popcount(s_j xor c).
+    Args:
+        scored: scores rows.
+        peak: of the query.
+        k: of each sign.
     """
-    bits = np.stack([(cells >> place) & 1 for place in range(count)], axis=1).astype(bool)
-    return np.packbits(bits, axis=2, bitorder="little").reshape(len(cells) * count, -1)
+
+    def __init__(self, scored: Scored, peak: float, k: int) -> None:
+        self._scored, self._peak, self._k = scored, peak, k
+        self.answer: Answer = np.empty(0, np.int64), np.empty(0, np.float32)
+        self._high = self._low = np.float32(POSITIVE)  # floors: of estimates, and of their negatives
+
+    def take(self, start: int, estimates: np.ndarray, widths: np.ndarray, most: int) -> bool:
+        """Takes in a stretch that begins with the row `start`; not all of it, and False, if more rows reach a floor."""
+        known = self.answer[0] - start  # those of this stretch: taken in when the query met fewer planes
+        known = known[(known >= 0) & (known < len(estimates))]
+        first = np.setdiff1d(_extremes(estimates, self._k + EXTRA), known)
+        self._add(first + start)
+        reach = self._above(estimates, widths) >= 0
+        reach[first] = reach[known] = False
+        rows = np.flatnonzero(reach)
+        if len(rows) > most:
+            return False
+        rows = rows[np.argsort(-self._above(estimates[rows], widths[rows]))]
+        while len(rows):
+            self._add(np.sort(rows[:BATCH]) + start)
+            rows = rows[BATCH:]
+            rows = rows[self._above(estimates[rows], widths[rows]) >= 0]
+        return True
+
+    def _above(self, estimates: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """By how much a row may exceed a floor; below 0 it can't reach any."""
+        return np.maximum(estimates + widths - self._high, widths - estimates - self._low)
+
+    def _add(self, rows: np.ndarray) -> None:
+        if not len(rows):
+            return
+        k, (known, scores) = self._k, self.answer
+        own = self._scored(rows).astype(np.float32)
+        rows, scores = ranked(np.concatenate([known, rows]), np.concatenate([scores, own]))
+        if len(rows) >= k:
+            self._high, self._low = self._floor(scores[k - 1]), self._floor(-scores[-k])
+        if len(rows) > 2 * k:  # of equal scores the first rows, also of the least
+            best = np.union1d(np.arange(k), np.lexsort((rows, scores))[:k])
+            rows, scores = rows[best], scores[best]
+        self.answer = rows, scores
+
+    def _floor(self, score: np.float32) -> np.float32:
+        """What a row must reach to have this score after rounding, and to have any."""
+        return np.float32(max(float(np.nextafter(score, np.float32(-math.inf))) / self._peak, POSITIVE))
 
 
-def _as_planes(unit: np.ndarray, _: int) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    (count, width), top = unit.shape, (1 << PLANES) - 1
-    cells = np.clip(np.floor(unit * (top / 2)) + (top + 1) // 2, 0, top).astype(np.int32)
-    packed, weights = numkong.hammings_pack(bit_planes(cells, PLANES)), 2 ** np.arange(PLANES, dtype=np.float32)
-
-    def products(codes: np.ndarray) -> np.ndarray:
-        differing = np.asarray(numkong.hammings_packed(codes, packed)).astype(np.float32)  # sums are exact
-        return np.float32(width) - differing.reshape(len(codes), count, PLANES) @ weights * np.float32(2 / top)
-
-    return products, (2.0 * cells - top) / top
+def _extremes(estimates: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the largest estimates above 0 and the smallest below: about `count` of each, if there are so many."""
+    most, least = max(_reached(estimates, count), POSITIVE), max(_reached(-estimates, count), POSITIVE)
+    return np.flatnonzero((estimates >= most) | (estimates <= -least))[: 8 * count]  # of equal ones any will do
 
 
-def _as_int8(unit: np.ndarray, bits: int) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """A stored cell c of b bits stands for 2 c - 2^b + 1 = 2 (c - 2^(b-1)) + 1."""
-    each, half = 8 // bits, 1 << (bits - 1)
-    coded = np.rint(unit * 127).astype(np.int8)
-    packed = [numkong.dots_pack(np.ascontiguousarray(coded[:, place::each]), dtype="int8") for place in range(each)]
-    sums = coded.sum(1, dtype=np.int32)
-
-    def products(codes: np.ndarray) -> np.ndarray:
-        out = np.zeros((len(codes), len(coded)), np.int32)
-        for place, part in enumerate(packed):
-            cells = (codes >> (place * bits)) & np.uint8(2 * half - 1)
-            out += np.asarray(numkong.dots_packed((cells - np.uint8(half)).view(np.int8), part))
-        return (2 * out + sums).astype(np.float32) / np.float32(127)
-
-    return products, coded / 127.0
-
-
-def _as_floats(unit: np.ndarray, bits: int) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    kind = "float16" if bits == 16 else "float32"
-    coded = unit.astype(kind)
-    packed = numkong.dots_pack(coded, dtype=kind)
-
-    def products(codes: np.ndarray) -> np.ndarray:
-        return np.asarray(numkong.dots_packed(codes, packed)).astype(np.float32, copy=False)
-
-    return products, coded.astype(np.float64)
-
-
-_CODERS = {1: _as_planes, 2: _as_int8, 4: _as_int8, 8: _as_int8, 16: _as_floats, 32: _as_floats}
+def _reached(values: np.ndarray, count: int) -> float:
+    """A value that at least `count` reach, and not many more; the least of fewer."""
+    groups = len(values) // GROUP
+    if groups > 4 * count:  # the largest of each group are much fewer: the count-th of them will do
+        values = values[: groups * GROUP].reshape(GROUP, groups).max(0)
+    place = max(0, len(values) - count)
+    return float(np.partition(values, place)[place])

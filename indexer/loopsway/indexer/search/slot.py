@@ -14,17 +14,17 @@ from functools import cached_property
 
 import numpy as np
 
-from ..sketches.coding import decode, variance_factor
+from ..sketches.coding import decode, row_bytes, variance_factor
 from ..store.folders import FileFacts
 from ..store.generation import Generation
 from ..store.row_table import open_row_table
 from .device_scan import DeviceScan
 from .products import exact_products
-from .scan import Candidates, Rows, code_queries, in_threads, scan
+from .scan import Rows, Scored, in_threads, ranked, scan
 from .shards import DecodedRows, Shards
 
-SCAN_EXTRA, WIDENING = 16, 8  # candidates of a scan beyond k; more, times this, while one left out could be better
 SCAN_QUERIES = 64  # in one pass over the codes
+SCORED_BYTES = 16 << 20  # of codes that are copied out at once to score their rows
 
 
 class Slot:
@@ -110,8 +110,9 @@ class Slot:
             effort: of an approximate search (shards.py), unless too few rows are kept; None: every code is read.
 
         Returns:
-            For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row: the
-            first k and the last k are the answer, as far as they are proponents and opponents.
+            For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row. The
+            answer is among them: the first k, and the last k but for rows that score as the k-th last does, of which
+            the first count; as far as these are proponents and opponents.
         """
         if kept is not None and self._kept is not None:
             kept = kept & self._kept
@@ -125,23 +126,22 @@ class Slot:
         return [answer for part in parts for answer in self._scanned(part, k, kept)]
 
     def _scanned(self, queries: np.ndarray, k: int, kept: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows, count = self._rows_to_scan(kept), k + SCAN_EXTRA
-        answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        while waiting := [query for query in range(len(queries)) if query not in answers]:
-            largest, smallest = self._candidates_of_scan(queries[waiting], rows, count)
-            candidates = [np.union1d(*both) for both in zip(largest.rows, smallest.rows, strict=True)]
-            found = in_threads(self._ranked, zip(candidates, queries[waiting], strict=True))
-            for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
-                if _is_whole(answer[1], upper, k) and _is_whole(-answer[1][::-1], lower, k):
-                    answers[query] = answer
-            count *= WIDENING
-        return [answers[query] for query in range(len(queries))]
-
-    def _candidates_of_scan(self, queries: np.ndarray, rows: Rows, count: int) -> tuple[Candidates, Candidates]:
+        rows = self._rows_to_scan(kept)
         if self._device_scan is None:
-            return scan(code_queries(queries, self._bits), rows, count)
+            return scan(queries, self._bits, rows, k, self._scored)
         name = (self._generation.folder.address, self.step)
-        return self._device_scan.scan(name, queries, self._bits, rows, count)
+        return self._device_scan.scan(name, queries, self._bits, rows, k, self._scored)
+
+    def _scored(self, query: np.ndarray) -> Scored:
+        """Gives the scores, float64 [n], of rows."""
+        products = exact_products(query[None], self._bits)
+        at_once = max(1, SCORED_BYTES // row_bytes(self._generation.plan.width, self._bits))
+
+        def scored(rows: np.ndarray) -> np.ndarray:
+            parts = np.split(rows, range(at_once, len(rows), at_once))
+            return np.concatenate([products(self.codes(part))[:, 0] for part in parts]) * self.factors[rows]
+
+        return scored
 
     def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
         plan = self._generation.plan
@@ -167,10 +167,7 @@ class Slot:
         rows, query = asked
         if not len(rows):  # where no cell that FAISS visited holds one that may be found
             return rows, np.empty(0, np.float32)
-        products = exact_products(query[None], self._bits)(self.codes(rows))[:, 0]
-        scores = (products * self.factors[rows]).astype(np.float32)
-        order = np.lexsort((rows, -scores))
-        return rows[order], scores[order]
+        return ranked(rows, self._scored(query)(rows))
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Estimated inner products of all rows with rotated queries [M, W]; float32 [M, N], as `search` scores them."""
@@ -184,17 +181,6 @@ class Slot:
 
         in_threads(fill, range(plan.num_blocks))
         return out
-
-
-def _is_whole(scores: np.ndarray, limit: float, k: int) -> bool:
-    """Whether no row that a scan left out is among the k of largest positive score.
-
-    Args:
-        scores: of the candidates, the largest first.
-        limit: no row that was left out scores more.
-        k: how many are wanted.
-    """
-    return limit <= 0 or (len(scores) >= k and scores[k - 1] > limit)
 
 
 def inner_products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -287,7 +287,7 @@ class Generation:
         """Maps the codes of all blocks and asks the system to read them."""
         for step in (*range(self.plan.num_steps), None):
             for block in range(self.plan.num_blocks):
-                codes: Any = self._map(step, block)
+                codes: Any = self._map(step, block).base
                 codes.base.madvise(mmap.MADV_WILLNEED)
 
     def size_bytes(self) -> int:
@@ -327,7 +327,8 @@ class Generation:
         digest = partial(self._chunk_digest, block, chunk)
         try:
             with self.folder.local(f"{ARRAYS}/{chunk}", digest, partial(self._codes_digest, block)) as file:
-                mapped = np.memmap(file, dtype=self._dtype, mode="r", shape=shape)
+                # A plain array of the map, as in row_table.py.
+                mapped = np.asarray(np.memmap(file, dtype=self._dtype, mode="r", shape=shape))
         except (StorageError, IndexDamagedError):
             raise
         except (OSError, ValueError) as error:
