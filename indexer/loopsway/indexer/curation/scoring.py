@@ -33,7 +33,7 @@ from .score_table import Fractions, score_table
 Per = Literal["mean", "each"]
 
 DESCRIPTION, SUM = "scores.json", "sum.npz"
-SCORES_BYTES = 256 << 20  # of the influences and standard errors that are held at once
+SCORES_BYTES = 64 << 20  # of the influences and standard errors of a file; making them takes up to seven times that
 MOST_TOGETHER = 256  # queries that are sketched between two points at which the job can be cut
 
 
