@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import Checkpoint, Loop, SketchConfig
 from ..gradients.losses import NonFiniteError, check_finite
 from ..task import Task, TaskError
+from .gradient_sketcher import GradientSketcher
 from .hashes import CONSTRUCTION
 from .plan import PlanEntry
 from .sketcher import StepSketcher
@@ -91,6 +92,19 @@ class ExampleSketcher:
     def plan(self) -> list[PlanEntry]:
         """How each parameter was attributed to in the last batch, at the last checkpoint."""
         return self._sketchers[-1].plan()
+
+    def gradient_sketcher(self) -> GradientSketcher:
+        """Sketches queries that come as gradients as `sketch` does those that come as examples; runs no model."""
+        named = dict(zip((each.name for each in self.checkpoints), self._sketchers, strict=True))
+        scales = {name: each.scales for name, each in named.items() if each.scales is not None}
+        return GradientSketcher(
+            self.parameters,
+            self.checkpoints,
+            self.config,
+            {name: each.hashes for name, each in named.items()},
+            scales=scales or None,
+            device=self._device,
+        )
 
     def sketch(self, examples: Sequence[Any]) -> ExampleSketches:
         """Sketches of these examples, in batches of at most `batch_size`.
