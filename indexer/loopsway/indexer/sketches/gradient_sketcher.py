@@ -7,7 +7,7 @@ is one sketch. The sketch of a query's pieces is that of the query itself, to ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn import functional
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, RowGradient
 
 from ..config import Checkpoint, SketchConfig
-from ..gradients.forms import Dense, Gradient, OuterProduct, TableRows, scaled
+from ..gradients.forms import Dense, Gradient, OuterProduct, TableRows
 from .device_hash import DeviceHash
 from .sketch import Sketches
 
@@ -30,15 +30,19 @@ class GradientError(ValueError):
     """A piece is no gradient of the index's parameters; the text says what was expected."""
 
 
+Scales = Mapping[str, Tensor]
+
+
 class GradientSketcher:
-    """Begins sketches of queries. Thread-safe.
+    """Begins sketches of queries.
 
     Args:
         shapes: of the index's parameters, by name.
         checkpoints: of the index.
         config: of the index.
         hashes: of each checkpoint's parameters, by name and name.
-        scales: of each checkpoint's parameters, for an optimizer-aware index. None: of a plain one.
+        scales_of: gives a checkpoint's scales of an optimizer-aware index, by name, whenever a sketch turns to that
+            checkpoint. None: of a plain index; then it is thread-safe.
         device: of the hashes.
     """
 
@@ -49,14 +53,13 @@ class GradientSketcher:
         config: SketchConfig,
         hashes: Mapping[str, Mapping[str, DeviceHash]],
         *,
-        scales: Mapping[str, Mapping[str, Tensor]] | None = None,
+        scales_of: Callable[[str], Scales | None] | None = None,
         device: torch.device,
     ) -> None:
         assert config.width is not None
         self.shapes, self.config, self.width, self.device = dict(shapes), config, config.width, device
         self.factors = {each.name: math.sqrt(each.learning_rate) for each in checkpoints}
-        self.hashes = _flat(hashes)
-        self.scales = None if scales is None else _flat(scales)
+        self.hashes, self.scales_of = hashes, scales_of
 
     @classmethod
     def without_model(
@@ -95,25 +98,18 @@ class GradientSketch:
 
     def __init__(self, sketcher: GradientSketcher, num_steps: int) -> None:
         self._sketcher, self._num_steps = sketcher, num_steps
-        self._sketches = Sketches(
-            sketcher.hashes,
-            1,
-            num_steps,
-            width=sketcher.width,
-            layer_path=sketcher.config.layer_path,
-            device=sketcher.device,
-            scales=sketcher.scales,
-        )
+        self._values = torch.zeros(num_steps, sketcher.width, device=sketcher.device)
+        self._checkpoint: str | None = None  # whose gradients `_sketches` holds
+        self._sketches: Sketches | None = None
 
     def add(self, piece: GradientPiece) -> None:
-        """Adds a piece; cheapest when pieces of equal steps come one after another.
+        """Adds a piece; cheapest when pieces of one checkpoint, and in it of one step, come one after another.
 
         Raises:
             GradientError: the index has no such checkpoint, parameter or step, or the piece does not fit it.
         """
         sketcher = self._sketcher
-        factor = sketcher.factors.get(piece.checkpoint)
-        if factor is None:
+        if piece.checkpoint not in sketcher.factors:
             raise GradientError(f"there is no checkpoint {piece.checkpoint!r}, only {_some(sketcher.factors)}")
         shape = sketcher.shapes.get(piece.parameter)
         if shape is None:
@@ -124,8 +120,7 @@ class GradientSketch:
             raise GradientError(f"step is {piece.step}, expected 0 to {self._num_steps - 1} of a query of "
                                 f"{self._num_steps} steps")  # fmt: skip
         gradient = _gradient(piece, shape, sketcher.device)
-        one = torch.full((1,), factor, device=sketcher.device)
-        self._sketches.add(_key(piece.checkpoint, piece.parameter), piece.step, scaled(gradient, one))
+        self._of(piece.checkpoint).add(piece.parameter, piece.step, gradient)
 
     def finish(self) -> NDArray[np.float32]:
         """The sketch, [S, W].
@@ -133,10 +128,33 @@ class GradientSketch:
         Raises:
             GradientError: the sum of the pieces is beyond float32.
         """
-        values = self._sketches.values[0].cpu().numpy()
+        self._collect()
+        values = self._values.cpu().numpy()
         if not np.isfinite(values).all():
             raise GradientError("the gradients add up to numbers beyond float32: scale the loss down")
         return values
+
+    def _of(self, checkpoint: str) -> Sketches:
+        """The sketch of this checkpoint's gradients alone, before its learning rate."""
+        if self._sketches is None or checkpoint != self._checkpoint:
+            self._collect()
+            sketcher = self._sketcher
+            self._checkpoint = checkpoint
+            self._sketches = Sketches(
+                sketcher.hashes[checkpoint],
+                1,
+                self._num_steps,
+                width=sketcher.width,
+                layer_path=sketcher.config.layer_path,
+                device=sketcher.device,
+                scales=None if sketcher.scales_of is None else sketcher.scales_of(checkpoint),
+            )
+        return self._sketches
+
+    def _collect(self) -> None:
+        if self._sketches is not None and self._checkpoint is not None:
+            self._values += self._sketcher.factors[self._checkpoint] * self._sketches.values[0]
+        self._sketches = None
 
 
 def _gradient(piece: GradientPiece, shape: tuple[int, ...], device: torch.device) -> Gradient:
@@ -202,14 +220,6 @@ def _whole_rows(values: Tensor, start: int, shape: tuple[int, ...]) -> Dense:
     before = start % shape[1]
     after = -(before + len(values)) % shape[1]
     return Dense(functional.pad(values, (before, after)).unsqueeze(0), start - before)
-
-
-def _key(checkpoint: str, parameter: str) -> str:
-    return f"{checkpoint}\0{parameter}"
-
-
-def _flat(nested: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {_key(checkpoint, name): each for checkpoint, named in nested.items() for name, each in named.items()}
 
 
 def _some(names: Mapping[str, Any]) -> str:

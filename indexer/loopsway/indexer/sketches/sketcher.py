@@ -26,6 +26,7 @@ from .plan import PlanEntry, plan_entries
 from .planner import PathCost
 from .sketch import DeviceHash, ExactGradients, GradientSink, Sketches
 from .untied import run_untied
+from .weights import empty, fill, size_of
 
 # Relative disagreement with plain autograd that is rounding: float32, and the half precisions.
 CHECK_TOLERANCE, CHECK_TOLERANCE_HALF = 1e-3, 5e-2
@@ -50,8 +51,9 @@ class StepSketcher:
         second_moments: Adam's, by parameter name, each of its parameter's shape; for optimizer_aware=True.
 
     Attributes:
+        parameters: names and shapes of what is attributed to.
         hashes: of each parameter, by name; none when width=None.
-        scales: of each parameter's entries, by name; None: unless optimizer_aware=True.
+        scales: of each parameter's entries, by name; None unless optimizer_aware=True, and while released.
 
     Raises:
         ValueError: the body can't be attributed; the module is named.
@@ -68,6 +70,7 @@ class StepSketcher:
     ) -> None:
         self.config = config or SketchConfig()
         self._capture = Capture(model, loop)
+        self.parameters = {name: tuple(parameter.shape) for name, parameter in self._capture.parameters.items()}
         self._checkpoint = checkpoint or _SINGLE
         self._scale = math.sqrt(self._checkpoint.learning_rate)
         self._device = self._capture.body.device
@@ -86,9 +89,24 @@ class StepSketcher:
             )
 
     @property
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is attributed to."""
-        return {name: tuple(parameter.shape) for name, parameter in self._capture.parameters.items()}
+    def size_bytes(self) -> int:
+        """Of the weights, and of what scales their gradients."""
+        scales = (self.scales or {}).values()
+        return size_of(self._capture.model) + sum(scale.nbytes for scale in scales)
+
+    def release(self) -> None:
+        """Frees the weights; what was learned of the model stays. `restore` them before the next batch."""
+        empty(self._capture.model)
+        self.scales = None
+
+    def restore(self, model: nn.Module, second_moments: Mapping[str, Tensor] | None = None) -> None:
+        """Takes the weights of the same checkpoint, loaded anew; arguments as for the constructor.
+
+        Raises:
+            TaskError: it has other weights, or is the released one itself.
+        """
+        fill(self._capture.model, model)
+        self.scales = optimizer_scales(self._capture.parameters, self.config, second_moments)
 
     def sketch(self, losses: Losses, batch: Any) -> Tensor:
         """Sketches of a batch.
