@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, QueryGradients, RowGradient
 
-from .client import AsyncClient, Client
+from .async_client import AsyncClient
+from .client import Client
 from .errors import (
     DeadlineError,
     FailedPreconditionError,
@@ -24,6 +25,7 @@ from .results import (
     IndexInfo,
     Influencer,
     InfluenceResult,
+    InfluencerTrajectories,
     Neighbor,
     QuerySummary,
     Ranking,
@@ -45,6 +47,7 @@ __all__ = [
     "IndexInfo",
     "InfluenceResult",
     "Influencer",
+    "InfluencerTrajectories",
     "InvalidQueryError",
     "LoopswayError",
     "Neighbor",

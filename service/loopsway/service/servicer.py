@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -38,7 +39,7 @@ from .errors import (
     in_field,
 )
 from .settings import Settings
-from .streams import StreamPlaces, unstalled
+from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
 }
 # An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
 MAX_TEXT_BYTES = 1000
+MAX_TAG = 256
+INTERNAL = "internal error; the server's log has the details"
 
 
 class Servicer(AttributionServicer):
@@ -93,6 +96,13 @@ class Servicer(AttributionServicer):
             "FindInfluences", request.index, len(request.queries), context, lambda: self._find_influences(request)
         )
 
+    async def StreamInfluences(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
+        self, request_iterator: AsyncIterator[pb.StreamInfluencesRequest], context: Any
+    ) -> None:
+        await self._answer(
+            "StreamInfluences", "", 0, context, lambda: self._stream_influences(request_iterator, context)
+        )
+
     async def GetTrajectories(  # noqa: N802  # the proto's name
         self, request: pb.GetTrajectoriesRequest, context: Any
     ) -> pb.GetTrajectoriesResponse:
@@ -130,18 +140,19 @@ class Servicer(AttributionServicer):
 
     async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
         engine, settings = self._engine(request.index), self._settings
-        k = decoding.k_from(request, settings)
+        counts = decoding.counts_from(request, settings)
         resolve = decoding.resolve_from(request.resolve)
         steps = decoding.steps_from(request.steps)
         queries = decoding.queries_from(request.queries, engine.index, settings)
         answers = await engine.find_influences(
             queries,
-            k=k,
+            k=max(counts),
             resolve=resolve,
             steps=steps,
             where=request.where or None,
             exact=not request.approximate,
         )
+        answers = [answer.cut(*counts) for answer in answers]
         count = sum(
             len(ranked.example_ids)
             for answer in answers
@@ -154,8 +165,39 @@ class Servicer(AttributionServicer):
                 "fewer steps, or send fewer queries in one request",
                 field="k",
             )
+        if request.include_trajectories:
+            answers = await engine.with_curves(answers, resolve)
         response = await asyncio.to_thread(encoding.influences_response, answers, engine.index)
         return self._fitting(response, "k")
+
+    async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
+        settings = self._settings
+        with self._streams.place():
+            timed = unstalled(aiter(requests), settings.stall_s)
+            async with aclosing(in_order(timed, self._batch_answer, settings.stream_batches)) as responses:
+                async for response in responses:
+                    async with taken_in(settings.stall_s):
+                        await context.write(response)
+
+    async def _batch_answer(self, batch: pb.StreamInfluencesRequest) -> pb.StreamInfluencesResponse:
+        """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
+        while True:
+            try:
+                if len(batch.tag) > MAX_TAG:
+                    raise InvalidFieldError(
+                        f"the tag has {len(batch.tag)} characters, expected at most {MAX_TAG}", field="tag"
+                    )
+                return pb.StreamInfluencesResponse(tag=batch.tag, response=await self._find_influences(batch.request))
+            except QueueFullError as error:
+                await asyncio.sleep(error.retry_after_s)
+            except RequestError as error:
+                code = _CODES[type(error)].value[0]
+                failure = pb.Failure(code=code, message=_shortened(str(error)), field=error.field)
+                return pb.StreamInfluencesResponse(tag=batch.tag[:MAX_TAG], failure=failure)
+            except Exception:
+                _log.exception("a batch of StreamInfluences failed")
+                failure = pb.Failure(code=grpc.StatusCode.INTERNAL.value[0], message=INTERNAL)
+                return pb.StreamInfluencesResponse(tag=batch.tag, failure=failure)
 
     async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
         engine, settings = self._engine(request.index), self._settings
@@ -239,7 +281,7 @@ class Servicer(AttributionServicer):
         except Exception:
             code = "INTERNAL"
             _log.exception("%s failed", method)
-            await _abort(context, grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+            await _abort(context, grpc.StatusCode.INTERNAL, INTERNAL)
         finally:
             seconds = time.monotonic() - start
             _log.info("method=%s index=%r queries=%d seconds=%.4f code=%s", method, index, queries, seconds, code)

@@ -21,7 +21,8 @@ class Settings:
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_gradient_bytes: of one query that comes as gradients.
         max_streams: of queries or gradients, over all indices; more are told to come back.
-        stall_s: seconds that a stream may let pass before its next message.
+        stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
+        stream_batches: batches of one StreamInfluences that are under way or wait to be taken.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
         retry_after_s: seconds after which they are told to.
         batch_size: examples in one forward and backward of the model, of one request or several.
@@ -42,7 +43,8 @@ class Settings:
     max_influencers: int = 200_000
     max_gradient_bytes: int = 1 << 30
     max_streams: int = 32
-    stall_s: float = 30.0
+    stall_s: float = 60.0
+    stream_batches: int = 4
     max_waiting: int = 64
     retry_after_s: float = 1.0
     batch_size: int = 32

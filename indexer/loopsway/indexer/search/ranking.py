@@ -52,6 +52,15 @@ class Ranked:
         """Bool [n]: whether the influence lies beyond two standard errors of zero."""
         return is_significant(self.influences, self.standard_errors)
 
+    def first(self, count: int) -> Ranked:
+        """The strongest of them."""
+        return Ranked(
+            example_ids=self.example_ids[:count],
+            rows=self.rows[:count],
+            influences=self.influences[:count],
+            standard_errors=self.standard_errors[:count],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Influencers:
