@@ -1,4 +1,4 @@
-"""Shards of an index answer together as one reading of it does, to the bit; without one, as if its rows weren't there."""
+"""Shards of an index answer together as one reading of it does; without one, as if it had no such rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from looped import Labelled
+from looped import LoopedTask
 from loopsway.indexer import (
     FilterError,
     Index,
@@ -33,7 +33,7 @@ from .conftest import build
 
 COUNT, STEPS, WIDTH = 90, 4, 256
 DELETED = ("train/2", "train/33", "train/34", "train/89")
-FILTERS = (None, "source == 'web' and length < 40", "id == 'train/17'", "source == 'nowhere'")
+FILTERS = (None, "label == 1 and length < 6", "id == 'train/17'", "label == 9")
 
 
 class SomeShards(LocalShards):
@@ -51,7 +51,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Three parts with blocks of 8 rows, equal rows among them, and deleted rows."""
     path = tmp_path_factory.mktemp("sharded") / "x.index"
     options: dict[str, Any] = {"block_rows": 8, "batch_size": 8, "progress": False}
-    task = Labelled(count=COUNT)
+    task = LoopedTask(count=COUNT)
     first: Any = SubsetTask(task, [*range(40)])
     build(path, first, SketchConfig(width=WIDTH, bits=request.param), **options)
     for rows in (range(40, 53), range(53, COUNT)):

@@ -53,13 +53,12 @@ class Coverage:
 
 
 class Shards(Protocol):
-    """Readers of the shards.
+    """Readers of the shards."""
 
-    Attributes:
-        rows: of each shard, in order; together all of the index.
-    """
-
-    rows: Sequence[range]
+    @property
+    def rows(self) -> Sequence[range]:
+        """Of each shard, in order; together all of the index."""
+        ...
 
     def ask(
         self, method: Method, arguments: Sequence[Any], *, kept: np.ndarray | None, deadline: float | None
@@ -91,7 +90,10 @@ class LocalShards:
 
     def __init__(self, readers: Sequence[CodeReader]) -> None:
         self._readers = readers
-        self.rows = [reader.rows for reader in readers]
+
+    @property
+    def rows(self) -> Sequence[range]:
+        return [reader.rows for reader in self._readers]
 
     def ask(
         self, method: Method, arguments: Sequence[Any], *, kept: np.ndarray | None, deadline: float | None
