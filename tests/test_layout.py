@@ -20,6 +20,7 @@ PACKAGES = (
     "protos/loopsway/v1",
     "clients/loopsway/client",
     "clients/loopsway/cli",
+    "clients/loopsway/explorer",
 )
 TOP_LEVEL = {
     *SOURCE_ROOTS,
