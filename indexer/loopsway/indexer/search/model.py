@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..sketches.features import ExampleSketcher
+from ..sketches.weights import WeightMemory
 from ..task import Task, is_shipped, load_task
 from .index import Index
 
@@ -25,6 +26,7 @@ def load_sketcher(
     *,
     device: str = "cpu",
     batch_size: int = 32,
+    memory: WeightMemory | None = None,
 ) -> tuple[Task, ExampleSketcher]:
     """The task of an index, and what sketches its queries.
 
@@ -34,6 +36,7 @@ def load_sketcher(
         task_arguments: for the task's constructor. None: those that the index was built with.
         device: a torch device name.
         batch_size: examples in one forward and backward, at the most.
+        memory: as `ExampleSketcher`'s.
 
     Raises:
         LoadError: the task may not run unasked, or its model makes other sketches than the index holds.
@@ -41,7 +44,7 @@ def load_sketcher(
     """
     spec = _allowed_spec(index, task_spec)
     task = load_task(spec, index.task_arguments if task_arguments is None else task_arguments)
-    sketcher = ExampleSketcher(task, index.config, device=device, batch_size=batch_size)
+    sketcher = ExampleSketcher(task, index.config, device=device, batch_size=batch_size, memory=memory)
     if sketcher.fingerprint != index.fingerprint:
         raise LoadError(
             f"task {spec} makes sketches of fingerprint {sketcher.fingerprint}, index {index.path} holds "

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Checkpoint, Loop, SketchConfig
 from ..gradients.losses import NonFiniteError, check_finite
 from ..task import Task, TaskError
+from .capture import Captured
+from .gradient_sketcher import GradientSketcher
 from .hashes import CONSTRUCTION
 from .plan import PlanEntry
 from .sketcher import StepSketcher
+from .weights import WeightMemory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,13 +47,13 @@ class ExampleSketches:
 class ExampleSketcher:
     """Sketches a task's examples over all its checkpoints. Not thread-safe: one caller at a time.
 
-    The models of all checkpoints stay loaded on the device.
-
     Args:
         task: whose examples and losses.
         config: of the sketches; width=None is refused.
         device: a torch device name.
         batch_size: examples in one forward and backward, at the most.
+        memory: that the checkpoints' models share, with those of other sketchers perhaps; one that has left it is
+            loaded again when its turn comes. None: all stay on the device. The sketches are the same.
 
     Raises:
         TaskError: the task has no checkpoints, two of one name, or checkpoints of different parameters.
@@ -58,24 +61,24 @@ class ExampleSketcher:
     """
 
     def __init__(
-        self, task: Task, config: SketchConfig | None = None, *, device: str = "cpu", batch_size: int = 32
+        self,
+        task: Task,
+        config: SketchConfig | None = None,
+        *,
+        device: str = "cpu",
+        batch_size: int = 32,
+        memory: WeightMemory | None = None,
     ) -> None:
         self.config = config or SketchConfig()
         if self.config.width is None:
             raise ValueError("width is None: exact gradients are for tests with StepSketcher; give a width")
         self._task, self._device, self.batch_size = task, torch.device(device), batch_size
         self.checkpoints = _checked_checkpoints(task)
-        self._models = [task.model(checkpoint).to(self._device).eval() for checkpoint in self.checkpoints]
-        self._sketchers = [
-            StepSketcher(
-                model,
-                task.loop,
-                self.config,
-                checkpoint=checkpoint,
-                second_moments=_second_moments(task, self.config, checkpoint),
-            )
-            for model, checkpoint in zip(self._models, self.checkpoints, strict=True)
-        ]
+        self._memory = memory or WeightMemory()
+        self._sketchers: list[StepSketcher] = []
+        self._sizes: list[int] = []  # in bytes, also while the weights are not in memory
+        for checkpoint in self.checkpoints:
+            self._add(checkpoint)
         self.parameters = self._sketchers[0].parameters
         for checkpoint, sketcher in zip(self.checkpoints, self._sketchers, strict=True):
             if sketcher.parameters != self.parameters:
@@ -92,8 +95,30 @@ class ExampleSketcher:
         """How each parameter was attributed to in the last batch, at the last checkpoint."""
         return self._sketchers[-1].plan()
 
-    def sketch(self, examples: Sequence[Any]) -> ExampleSketches:
+    def gradient_sketcher(self) -> GradientSketcher:
+        """Sketches queries that come as gradients as `sketch` does those that come as examples; runs no model.
+
+        Thread-safe, unless optimizer_aware=True: then its pieces count as calls of this sketcher's.
+        """
+        names = [checkpoint.name for checkpoint in self.checkpoints]
+        hashes = {name: each.hashes for name, each in zip(names, self._sketchers, strict=True)}
+        scales_of = (lambda name: self._at(names.index(name)).scales) if self.config.optimizer_aware else None
+        return GradientSketcher(
+            self.parameters, self.checkpoints, self.config, hashes, scales_of=scales_of, device=self._device
+        )
+
+    def close(self) -> None:
+        """Frees the models; the next call loads them again."""
+        for sketcher in self._sketchers:
+            self._memory.drop(sketcher)
+
+    def sketch(self, examples: Sequence[Any], *, go_on: Callable[[], object] | None = None) -> ExampleSketches:
         """Sketches of these examples, in batches of at most `batch_size`.
+
+        Args:
+            examples: of the task.
+            go_on: called before each costly part, a batch's forward and backward at one checkpoint. What it raises
+                ends the call.
 
         Raises:
             NonFiniteError: an example's loss or gradient is not finite.
@@ -104,7 +129,7 @@ class ExampleSketcher:
         parts = []
         for start in range(0, len(examples), self.batch_size):
             try:
-                parts.append(self._sketch_batch(examples[start : start + self.batch_size]))
+                parts.append(self._sketch_batch(examples[start : start + self.batch_size], go_on))
             except NonFiniteError as error:
                 raise NonFiniteError([start + place for place in error.positions], error.reason) from error
         steps = {part.values.shape[1] for part in parts}
@@ -119,31 +144,73 @@ class ExampleSketcher:
             steps_without_gradient=_in_all([part.steps_without_gradient for part in parts]),
         )
 
-    def _sketch_batch(self, examples: Sequence[Any]) -> ExampleSketches:
+    def _add(self, checkpoint: Checkpoint) -> None:
+        """Makes the sketcher of one more checkpoint, which is expected to be as large as those before."""
+        self._memory.make_room(max(self._sizes, default=0))
+        model, moments = self._loaded(checkpoint)
+        sketcher = StepSketcher(model, self._task.loop, self.config, checkpoint=checkpoint, second_moments=moments)
+        self._sketchers.append(sketcher)
+        self._sizes.append(sketcher.size_bytes)
+        self._memory.hold(sketcher, self._sizes[-1], sketcher.release)
+
+    def _loaded(self, checkpoint: Checkpoint) -> tuple[nn.Module, Mapping[str, Tensor] | None]:
+        moments = _second_moments(self._task, self.config, checkpoint)
+        return self._task.model(checkpoint).to(self._device).eval(), moments
+
+    def _at(self, place: int) -> StepSketcher:
+        """The sketcher of a checkpoint, with its weights in memory."""
+        sketcher = self._sketchers[place]
+        if not self._memory.use(sketcher):
+            self._memory.make_room(self._sizes[place])
+            sketcher.restore(*self._loaded(self.checkpoints[place]))
+            self._memory.hold(sketcher, self._sizes[place], sketcher.release)
+        return sketcher
+
+    def _sketch_batch(self, examples: Sequence[Any], go_on: Callable[[], object] | None) -> ExampleSketches:
         batch = _to_device(self._task.collate(examples), self._device)
         total: Tensor | None = None
-        losses, silent = [], []
-        for checkpoint, sketcher in zip(self.checkpoints, self._sketchers, strict=True):
-            try:
-                captured = sketcher.run(self._task.losses, batch)
-                values = captured.values
-                check_finite(values)
-            except NonFiniteError as error:
-                raise NonFiniteError(error.positions, f"{error.reason} at checkpoint {checkpoint.name!r}") from error
-            if len(captured.losses) != len(examples):
-                raise TaskError(f"losses gave {len(captured.losses)} values for {len(examples)} examples")
-            if total is not None and total.shape != values.shape:
-                raise ValueError(
-                    f"checkpoint {checkpoint.name!r} ran {values.shape[1]} steps, {self.checkpoints[0].name!r} ran "
-                    f"{total.shape[1]}: all checkpoints must run the same number"
-                )
-            total = values if total is None else total.add_(values)
-            losses.append(captured.losses.float())
-            silent.append(captured.steps_without_gradient)
+        values: dict[int, Tensor] = {}
+        losses: dict[int, Tensor] = {}
+        silent: dict[int, tuple[int, ...]] = {}
+        places, num_added = range(len(self.checkpoints)), 0
+        # Those in memory come first: in turn, each would push out the one that is needed next.
+        for place in sorted(places, key=lambda place: self._sketchers[place] not in self._memory):
+            if go_on is not None:
+                go_on()
+            captured = self._captured(place, batch, len(examples))
+            values[place], losses[place] = captured.values, captured.losses.float()
+            silent[place] = captured.steps_without_gradient
+            while num_added in values:  # added in the checkpoints' order, whichever came first: sums are the same
+                total = self._added(total, values.pop(num_added), num_added)
+                num_added += 1
         assert total is not None
         return ExampleSketches(
-            values=total.cpu(), losses=torch.stack(losses).cpu(), steps_without_gradient=_in_all(silent)
+            values=total.cpu(),
+            losses=torch.stack([losses[place] for place in places]).cpu(),
+            steps_without_gradient=_in_all([silent[place] for place in places]),
         )
+
+    def _captured(self, place: int, batch: Any, size: int) -> Captured:
+        """A batch's sketches at one checkpoint, checked."""
+        try:
+            captured = self._at(place).run(self._task.losses, batch)
+            check_finite(captured.values)
+        except NonFiniteError as error:
+            name = self.checkpoints[place].name
+            raise NonFiniteError(error.positions, f"{error.reason} at checkpoint {name!r}") from error
+        if len(captured.losses) != size:
+            raise TaskError(f"losses gave {len(captured.losses)} values for {size} examples")
+        return captured
+
+    def _added(self, total: Tensor | None, values: Tensor, place: int) -> Tensor:
+        if total is None:
+            return values
+        if total.shape != values.shape:
+            raise ValueError(
+                f"checkpoint {self.checkpoints[place].name!r} ran {values.shape[1]} steps, "
+                f"{self.checkpoints[0].name!r} ran {total.shape[1]}: all checkpoints must run the same number"
+            )
+        return total.add_(values)
 
 
 def fingerprint(
