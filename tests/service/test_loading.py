@@ -106,10 +106,10 @@ def test_no_index_is_a_file_not_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"port": 65536}, "port is 65536, expected 0 to 65535"),
-        ({"max_k": 0}, "max_k is 0, expected a number > 0"),
-        ({"max_waiting": -1}, "max_waiting is -1, expected a number >= 0"),
-        ({"grace_s": -0.5}, "grace_s is -0.5, expected a number >= 0"),
+        ({"port": 65536}, "port is 65536, expected less than or equal to 65535"),
+        ({"max_k": 0}, "max_k is 0, expected greater than 0"),
+        ({"max_waiting": -1}, "max_waiting is -1, expected greater than or equal to 0"),
+        ({"grace_s": -0.5}, "grace_s is -0.5, expected greater than or equal to 0"),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:

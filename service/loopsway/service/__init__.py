@@ -7,9 +7,24 @@ from __future__ import annotations
 
 from loopsway.indexer import LoadError
 
+from .checks import check_settings
 from .engine import Engine
+from .faults import SettingsError
 from .loading import load_engine
 from .server import Server, create_server, serve
-from .settings import Settings
+from .settings import IndexSettings, Settings
+from .sources import read_settings
 
-__all__ = ["Engine", "LoadError", "Server", "Settings", "create_server", "load_engine", "serve"]
+__all__ = [
+    "Engine",
+    "IndexSettings",
+    "LoadError",
+    "Server",
+    "Settings",
+    "SettingsError",
+    "check_settings",
+    "create_server",
+    "load_engine",
+    "read_settings",
+    "serve",
+]

@@ -6,7 +6,6 @@ A server is SERVING, by gRPC's health protocol, once every index has answered a 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from loopsway.indexer.store.files import write_json
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
 
+from .checks import check_exposure
 from .engine import Engine
 from .servicer import Servicer
 from .settings import Settings
@@ -97,11 +97,7 @@ def create_server(engines: Sequence[Engine], settings: Settings | None = None) -
         raise ValueError("no indices to serve; give at least one")
     if len(set(names)) < len(names):
         raise ValueError(f"the indices are named {', '.join(names)}: each needs its own name; rename a folder")
-    if not settings.insecure_bind and not _is_loopback(settings.host):
-        raise ValueError(
-            f"host {settings.host} is not loopback, and without TLS everybody who reaches it could ask: use 127.0.0.1 "
-            "(and a tunnel or proxy in front), or set insecure_bind if the network is trusted"
-        )
+    check_exposure(settings)
     server = Server(engines, settings)
     return server, server.bind()
 
@@ -156,12 +152,3 @@ async def _start_unless(server: Server, stopping: asyncio.Event) -> None:
         starting.result()
     else:
         starting.cancel()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
