@@ -37,8 +37,8 @@ from loopsway.indexer.config import BITS
 from loopsway.indexer.curation import duplicates, scoring
 from loopsway.indexer.curation.query_set import QuerySet
 from loopsway.indexer.curation.score_table import Fractions
-from loopsway.indexer.curation.similarity import agreements, cosines
 from loopsway.indexer.search.filters import FilterError
+from loopsway.indexer.search.similarity import agreements, cosines
 from loopsway.indexer.sketches.coding import encode
 
 from .conftest import build
