@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,11 @@ def test_no_index_is_a_file_not_found(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**wrong)
+
+
+def test_an_index_that_one_process_reads_needs_no_ray(index_path: Path) -> None:
+    program = (
+        "import sys; from loopsway.service import load_engine;"
+        f"load_engine({str(index_path)!r}, model=False).close(); sys.exit('ray' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 @click.option("--no-model", is_flag=True, help="Run no task: answer queries given as sketches alone.")
 @click.option("--device", help="A torch device for model and searches.  [default: cpu]")
 @click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    help="Who reads the codes: this process, or actors on a Ray cluster.  [default: local]",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="--engine ray: shards.  [default: one a GPU, or node]")
+@click.option("--address", help="--engine ray: of the cluster.  [default: RAY_ADDRESS, or one that is started]")
+@click.option(
     "--insecure-bind", is_flag=True, default=None, help="Allow a --host that others reach, without TLS or tokens."
 )
 @click.option(
@@ -43,6 +50,9 @@ def serve(
     task_arg: dict[str, Any],
     no_model: bool,
     device: str | None,
+    engine: str | None,
+    workers: int | None,
+    address: str | None,
     ready_file: Path | None,
     **flags: Any,
 ) -> None:
@@ -55,8 +65,9 @@ def serve(
     """
     with needs("serving needs the service", "service,cpu"):
         from loopsway import service
+    of_reading = {"device": device, "engine": engine, "workers": workers, "address": address}
     of_index = {"task": task, "task_arguments": task_arg or None, "model": False if no_model else None}
-    given = {name: value for name, value in {**of_index, "device": device}.items() if value is not None}
+    given = {name: value for name, value in {**of_index, **of_reading}.items() if value is not None}
     try:
         settings = service.read_settings(_given(flags, indices), file=config)
         settings = settings.with_index_settings(given)
@@ -70,7 +81,15 @@ def serve(
     with in_one_line(), needs("serving needs the service", "service,cpu"):
         engines = [
             service.load_engine(
-                each.path, each.task, each.task_arguments, model=each.model, device=each.device, settings=settings
+                each.path,
+                each.task,
+                each.task_arguments,
+                model=each.model,
+                device=each.device,
+                engine=each.engine,
+                workers=each.workers,
+                address=each.address,
+                settings=settings,
             )
             for each in settings.indices
         ]

@@ -61,6 +61,7 @@ class AsyncClient:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
@@ -75,6 +76,7 @@ class AsyncClient:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
@@ -92,6 +94,7 @@ class AsyncClient:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
@@ -107,6 +110,7 @@ class AsyncClient:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return streamed_async(
@@ -145,11 +149,14 @@ class AsyncClient:
         top_share: float | None = None,
         bottom_share: float | None = None,
         least_magnitude: float = 0.0,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> AsyncIterator[ScoreChunk]:
         """As `Client.score_examples`."""
-        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        request = messages.scores_request(
+            queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
+        )
         stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         try:
             async for response in stream:

@@ -66,6 +66,7 @@ class Client:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
@@ -82,6 +83,8 @@ class Client:
             exact: whether every stored code is read; or the index's FAISS files are searched, with the result's
                 `recall`.
             trajectories: whether the result has the `trajectories` of all examples in it.
+            require_full_coverage: whether an answer of fewer than all shards of the index, which a result's `coverage`
+                tells, is refused with an UnavailableError instead.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
 
@@ -98,6 +101,7 @@ class Client:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s))
@@ -115,6 +119,7 @@ class Client:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
@@ -136,6 +141,7 @@ class Client:
             where: as in `find_influences`.
             exact: as in `find_influences`.
             trajectories: as in `find_influences`.
+            require_full_coverage: as in `find_influences`.
             index: as in `find_influences`.
             on_progress: called with the number of queries answered so far.
             timeout_s: how long the server may take over one batch; the stream itself has no deadline. None: the
@@ -154,6 +160,7 @@ class Client:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return streamed(
@@ -195,6 +202,7 @@ class Client:
         top_share: float | None = None,
         bottom_share: float | None = None,
         least_magnitude: float = 0.0,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> Iterator[ScoreChunk]:
@@ -210,13 +218,16 @@ class Client:
                 `bottom_share`, both. None for both: all.
             bottom_share: return this share, those of smallest influence.
             least_magnitude: of the influences that are returned.
+            require_full_coverage: as in `find_influences`.
             index: may be left out when the server serves exactly one.
             timeout_s: of the whole stream. None: the client's own.
 
         Yields:
             Each ranking in order, the one over the whole loop first.
         """
-        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        request = messages.scores_request(
+            queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
+        )
         stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         try:
             for response in stream:
@@ -239,6 +250,8 @@ class Client:
         timeout_s: float | None = None,
     ) -> list[tuple[Neighbor, ...]]:
         """The training examples whose gradients are most like those of some, the most alike first; no model runs.
+
+        All shards must answer.
 
         Args:
             example_ids: of indexed examples.

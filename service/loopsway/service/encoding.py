@@ -62,7 +62,11 @@ def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindI
         for answer in answers
     ]
     return pb.FindInfluencesResponse(
-        results=results, index=index.name, generation=index.generation, fingerprint=index.fingerprint
+        results=results,
+        index=index.name,
+        generation=index.generation,
+        fingerprint=index.fingerprint,
+        coverage=min(answer.ranking.coverage for answer in answers),
     )
 
 
@@ -86,7 +90,7 @@ def trajectories_response(answer: Trajectories, index: Index) -> pb.GetTrajector
 
 
 def scores_responses(
-    queries: Sequence[ResolvedQuery], parts: Iterator[Stretch], index: Index
+    queries: Sequence[ResolvedQuery], parts: Iterator[Stretch], coverage: float, index: Index
 ) -> Iterator[pb.ScoreExamplesResponse]:
     """A message for each stretch."""
     for number, part in enumerate(parts):
@@ -100,6 +104,7 @@ def scores_responses(
             index=index.name,
             generation=index.generation,
             fingerprint=index.fingerprint,
+            coverage=coverage,
         )
 
 
@@ -121,7 +126,11 @@ def neighbors_response(found: Sequence[Neighbors], index: Index) -> pb.FindNeigh
             )
         results.append(pb.ExampleNeighbors(neighbors=messages))
     return pb.FindNeighborsResponse(
-        results=results, index=index.name, generation=index.generation, fingerprint=index.fingerprint
+        results=results,
+        index=index.name,
+        generation=index.generation,
+        fingerprint=index.fingerprint,
+        coverage=min(each.coverage for each in found),
     )
 
 

@@ -7,7 +7,7 @@ own (model.py). Knows no gRPC and no messages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,8 +20,9 @@ from loopsway.indexer import FilterError, Index, IndexDamagedError, Neighbors, R
 from loopsway.indexer.config import Resolve
 from loopsway.indexer.curation.neighbors import By
 from loopsway.indexer.search.index import TrajectoryResolve
+from loopsway.indexer.search.sharded import ShardsUnavailableError
 
-from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnknownNameError
+from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnavailableError, UnknownNameError
 from .model import ModelQuery, QueryModel
 from .queries import Query, ResolvedQuery, SketchQuery
 from .settings import Settings
@@ -121,15 +122,21 @@ class Engine:
         steps: Sequence[int] | None,
         where: str | None,
         exact: bool = True,
+        deadline: float | None = None,
+        require_full_coverage: bool = False,
     ) -> list[Influences]:
         """Ranks the index's examples for each query; arguments as for `Index.search`.
+
+        With `require_full_coverage`, an answer that misses a shard is refused.
 
         Raises:
             RequestError: the request can't be answered, or not now.
         """
         with self._place():
             resolved = await self._resolve(queries)
-            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps, where, exact))
+            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps, where, exact, deadline))
+        if require_full_coverage:
+            self._refuse_partial(ranking.coverage for ranking in rankings)
         return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
 
     async def with_curves(self, answers: Sequence[Influences], resolve: Resolve) -> list[Influences]:
@@ -168,16 +175,25 @@ class Engine:
         return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
 
     async def scores(
-        self, queries: Sequence[Query], *, resolve: Resolve, where: str | None
+        self,
+        queries: Sequence[Query],
+        *,
+        resolve: Resolve,
+        where: str | None,
+        deadline: float | None = None,
+        require_full_coverage: bool = False,
     ) -> tuple[list[ResolvedQuery], Scores]:
-        """Influences of every example on the mean of the queries; arguments as for `Index.scores`.
+        """Influences of every example on the mean of the queries; arguments as for `Index.scores`, and as above.
 
         Raises:
             RequestError: the request can't be answered, or not now.
         """
         with self._place():
             resolved = await self._resolve(queries)
-            return resolved, await self._in_thread(lambda: self._scores(resolved, resolve, where))
+            scores = await self._in_thread(lambda: self._scores(resolved, resolve, where, deadline))
+        if require_full_coverage:
+            self._refuse_partial([scores.coverage])
+        return resolved, scores
 
     async def neighbors(
         self,
@@ -188,8 +204,10 @@ class Engine:
         step: int | None,
         threshold: float | None,
         where: str | None,
+        deadline: float | None = None,
+        require_full_coverage: bool = False,
     ) -> list[Neighbors]:
-        """The examples most like each of these; arguments as for `find_neighbors`.
+        """The examples most like each of these; arguments as for `find_neighbors`, and as above.
 
         Raises:
             RequestError: the request can't be answered, or not now.
@@ -198,10 +216,22 @@ class Engine:
 
         def find() -> list[Neighbors]:
             with _refusing("step"):
-                return find_neighbors(self.index, example_ids, k, by=by, step=step, threshold=threshold, where=where)
+                return find_neighbors(
+                    self.index,
+                    example_ids,
+                    k,
+                    by=by,
+                    step=step,
+                    threshold=threshold,
+                    where=where,
+                    deadline=deadline,
+                )
 
         with self._place():
-            return await self._in_thread(find)
+            found = await self._in_thread(find)
+        if require_full_coverage:
+            self._refuse_partial(each.coverage for each in found)
+        return found
 
     async def sketches(self, queries: Sequence[Query]) -> list[ResolvedQuery]:
         """What the queries are resolved to.
@@ -228,6 +258,7 @@ class Engine:
         if self._model is not None:
             self._model.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self.index.close()
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -244,7 +275,18 @@ class Engine:
             self.num_admitted -= 1
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except ShardsUnavailableError as error:
+            raise UnavailableError(str(error), retry_after_s=self._settings.retry_after_s) from error
+
+    def _refuse_partial(self, coverages: Iterable[float]) -> None:
+        if (least := min(coverages)) < 1:
+            raise UnavailableError(
+                f"{least:.0%} of the shards of index {self.name} answered in time, and all are required: ask again "
+                "later, or without require_full_coverage",
+                retry_after_s=self._settings.retry_after_s,
+            )
 
     async def _resolve(self, queries: Sequence[Query]) -> list[ResolvedQuery]:
         resolved: list[ResolvedQuery | None] = [
@@ -274,17 +316,22 @@ class Engine:
         steps: Sequence[int] | None,
         where: str | None,
         exact: bool,
+        deadline: float | None,
     ) -> list[Ranking]:
         rankings: dict[int, Ranking] = {}
         for rows in _by_steps(queries):
             sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
             # Each field was checked before it came here: what is left is steps that the query doesn't have.
             with _refusing("steps" if steps else "resolve"):
-                found = self.index.search(sketches, k=k, resolve=resolve, steps=steps, where=where, exact=exact)
+                found = self.index.search(
+                    sketches, k=k, resolve=resolve, steps=steps, where=where, exact=exact, deadline=deadline
+                )
             rankings |= zip(rows, found, strict=True)
         return [rankings[row] for row in range(len(queries))]
 
-    def _scores(self, queries: Sequence[ResolvedQuery], resolve: Resolve, where: str | None) -> Scores:
+    def _scores(
+        self, queries: Sequence[ResolvedQuery], resolve: Resolve, where: str | None, deadline: float | None
+    ) -> Scores:
         counts = sorted({query.num_steps for query in queries})
         if len(counts) > 1:
             raise InvalidFieldError(
@@ -293,7 +340,7 @@ class Engine:
             )
         mean = np.mean([query.sketch for query in queries], axis=0, dtype=np.float64).astype(np.float32)
         with _refusing("resolve"):
-            return self.index.scores(mean, resolve, where=where)
+            return self.index.scores(mean, resolve, where=where, deadline=deadline)
 
     def _trajectories(
         self, queries: Sequence[ResolvedQuery], example_ids: Sequence[str], resolve: TrajectoryResolve

@@ -5,7 +5,8 @@ RequestError
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
 ├── StalledError (TimeoutError)       a stream's client was not in time
-└── QueueFullError (RuntimeError)     too many requests are waiting
+├── QueueFullError (RuntimeError)     too many requests are waiting
+└── UnavailableError (RuntimeError)   what answers is being started again
 """
 
 from __future__ import annotations
@@ -44,6 +45,18 @@ class StalledError(RequestError, TimeoutError):
 
 class QueueFullError(RequestError, RuntimeError):
     """The index has as many requests waiting as it admits.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(RequestError, RuntimeError):
+    """Shards of the index did not answer.
 
     Attributes:
         retry_after_s: when to ask again.

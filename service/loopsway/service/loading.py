@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from loopsway.indexer import LoadError, load_sketcher, open_index
+from loopsway.indexer import Index, LoadError, load_sketcher, open_index
 
 from .engine import Engine
 from .model import QueryModel
@@ -20,6 +20,9 @@ def load_engine(
     *,
     model: bool = True,
     device: str = "cpu",
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    address: str | None = None,
     settings: Settings | None = None,
 ) -> Engine:
     """Opens an index to be served, with its model and its searches on the device.
@@ -30,6 +33,9 @@ def load_engine(
         task_arguments: for the task's constructor. None: those that the index was built with.
         model: False to run no task at all and answer sketches only.
         device: a torch device name.
+        engine: who reads the codes: "local", this process; "ray", actors on a Ray cluster, a shard each.
+        workers: of "ray": shards; None: one for each GPU of the cluster, or each node.
+        address: of "ray": the cluster's; None: that of RAY_ADDRESS, or one that is started here.
         settings: the limits.
 
     Raises:
@@ -38,7 +44,7 @@ def load_engine(
         ValueError: the index is damaged, the task can't be loaded, or the device is not available.
     """
     settings = settings or Settings()
-    index = open_index(path, device=device)
+    index = _opened(path, device, engine, workers, address)
     if not model:
         if task_spec is not None:
             raise LoadError(f"a task ({task_spec}) was given for an index to be served without its model; drop one")
@@ -46,6 +52,20 @@ def load_engine(
     try:
         task, sketcher = load_sketcher(index, task_spec, task_arguments, device=device)
     except LoadError as error:
+        index.close()
         raise LoadError(f"{error}. To serve sketches alone, without the task, give --no-model") from error
     model_of = QueryModel(task, sketcher, index, batch_size=settings.batch_size, batch_delay_s=settings.batch_delay_s)
     return Engine(index, model_of, settings=settings)
+
+
+def _opened(path: str | Path, device: str, engine: str, workers: int | None, address: str | None) -> Index:
+    if engine == "local":
+        if workers is not None or address is not None:
+            raise ValueError(
+                f'workers {workers} and address {address} were given for engine "local", which is this process: give '
+                'engine "ray" too, or drop them'
+            )
+        return open_index(path, device=device)
+    from loopsway.indexer.search.ray_shards import open_ray_index  # here: it is an extra's
+
+    return open_ray_index(path, workers=workers, device=device, address=address)

@@ -1,8 +1,8 @@
 """The Attribution service: each method decodes, asks the engine, encodes. The only file that knows status codes.
 
 InvalidFieldError: INVALID_ARGUMENT. UnknownNameError: NOT_FOUND. PreconditionError: FAILED_PRECONDITION.
-QueueFullError: RESOURCE_EXHAUSTED with RetryInfo. StalledError: DEADLINE_EXCEEDED. Anything else is ours: INTERNAL,
-logged, nothing of it in the text.
+QueueFullError: RESOURCE_EXHAUSTED, UnavailableError: UNAVAILABLE, both with RetryInfo. StalledError: DEADLINE_EXCEEDED.
+Anything else is ours: INTERNAL, logged, nothing of it in the text.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .errors import (
     QueueFullError,
     RequestError,
     StalledError,
+    UnavailableError,
     UnknownNameError,
     in_field,
 )
@@ -51,10 +52,13 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
     UnknownNameError: grpc.StatusCode.NOT_FOUND,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
     StalledError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 # An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
 MAX_TEXT_BYTES = 1000
+# Of the time that a request has left, what shards may take: the rest is for what is made of their answers.
+SHARDS_SHARE = 0.9
 MAX_TAG = 256
 INTERNAL = "internal error; the server's log has the details"
 
@@ -93,7 +97,11 @@ class Servicer(AttributionServicer):
         self, request: pb.FindInfluencesRequest, context: Any
     ) -> pb.FindInfluencesResponse:
         return await self._answer(
-            "FindInfluences", request.index, len(request.queries), context, lambda: self._find_influences(request)
+            "FindInfluences",
+            request.index,
+            len(request.queries),
+            context,
+            lambda: self._find_influences(request, _deadline(context)),
         )
 
     async def StreamInfluences(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
@@ -114,7 +122,11 @@ class Servicer(AttributionServicer):
         self, request: pb.ScoreExamplesRequest, context: Any
     ) -> AsyncIterator[pb.ScoreExamplesResponse]:
         responses = await self._answer(
-            "ScoreExamples", request.index, len(request.queries), context, lambda: self._score_examples(request)
+            "ScoreExamples",
+            request.index,
+            len(request.queries),
+            context,
+            lambda: self._score_examples(request, _deadline(context)),
         )
         while (response := await asyncio.to_thread(next, responses, None)) is not None:
             yield response
@@ -123,7 +135,11 @@ class Servicer(AttributionServicer):
         self, request: pb.FindNeighborsRequest, context: Any
     ) -> pb.FindNeighborsResponse:
         return await self._answer(
-            "FindNeighbors", request.index, len(request.example_ids), context, lambda: self._find_neighbors(request)
+            "FindNeighbors",
+            request.index,
+            len(request.example_ids),
+            context,
+            lambda: self._find_neighbors(request, _deadline(context)),
         )
 
     async def SketchQueries(  # noqa: N802  # the proto's name
@@ -138,7 +154,9 @@ class Servicer(AttributionServicer):
     ) -> pb.SketchGradientsResponse:
         return await self._answer("SketchGradients", "", 1, context, lambda: self._sketch_gradients(request_iterator))
 
-    async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
+    async def _find_influences(
+        self, request: pb.FindInfluencesRequest, deadline: float | None
+    ) -> pb.FindInfluencesResponse:
         engine, settings = self._engine(request.index), self._settings
         counts = decoding.counts_from(request, settings)
         resolve = decoding.resolve_from(request.resolve)
@@ -151,6 +169,8 @@ class Servicer(AttributionServicer):
             steps=steps,
             where=request.where or None,
             exact=not request.approximate,
+            deadline=deadline,
+            require_full_coverage=request.require_full_coverage,
         )
         answers = [answer.cut(*counts) for answer in answers]
         count = sum(
@@ -187,7 +207,9 @@ class Servicer(AttributionServicer):
                     raise InvalidFieldError(
                         f"the tag has {len(batch.tag)} characters, expected at most {MAX_TAG}", field="tag"
                     )
-                return pb.StreamInfluencesResponse(tag=batch.tag, response=await self._find_influences(batch.request))
+                return pb.StreamInfluencesResponse(
+                    tag=batch.tag, response=await self._find_influences(batch.request, None)
+                )
             except QueueFullError as error:
                 await asyncio.sleep(error.retry_after_s)
             except RequestError as error:
@@ -207,15 +229,25 @@ class Servicer(AttributionServicer):
         answer = await engine.trajectories(queries, example_ids, resolve)
         return self._fitting(encoding.trajectories_response(answer, engine.index), "example_ids")
 
-    async def _score_examples(self, request: pb.ScoreExamplesRequest) -> Iterator[pb.ScoreExamplesResponse]:
+    async def _score_examples(
+        self, request: pb.ScoreExamplesRequest, deadline: float | None
+    ) -> Iterator[pb.ScoreExamplesResponse]:
         engine = self._engine(request.index)
         resolve = decoding.resolve_from(request.resolve)
         fractions, least = decoding.fractions_from(request), decoding.least_magnitude_from(request)
         queries = decoding.queries_from(request.queries, engine.index, self._settings)
-        resolved, scores = await engine.scores(queries, resolve=resolve, where=request.where or None)
-        return encoding.scores_responses(resolved, stretches(scores, fractions, least), engine.index)
+        resolved, scores = await engine.scores(
+            queries,
+            resolve=resolve,
+            where=request.where or None,
+            deadline=deadline,
+            require_full_coverage=request.require_full_coverage,
+        )
+        return encoding.scores_responses(resolved, stretches(scores, fractions, least), scores.coverage, engine.index)
 
-    async def _find_neighbors(self, request: pb.FindNeighborsRequest) -> pb.FindNeighborsResponse:
+    async def _find_neighbors(
+        self, request: pb.FindNeighborsRequest, deadline: float | None
+    ) -> pb.FindNeighborsResponse:
         engine, settings = self._engine(request.index), self._settings
         example_ids = decoding.compared_ids_from(request.example_ids, settings)
         found = await engine.neighbors(
@@ -225,6 +257,8 @@ class Servicer(AttributionServicer):
             step=request.step if request.HasField("step") else None,
             threshold=decoding.threshold_from(request),
             where=request.where or None,
+            deadline=deadline,
+            require_full_coverage=request.require_full_coverage,
         )
         return self._fitting(await asyncio.to_thread(encoding.neighbors_response, found, engine.index), "k")
 
@@ -287,13 +321,19 @@ class Servicer(AttributionServicer):
             _log.info("method=%s index=%r queries=%d seconds=%.4f code=%s", method, index, queries, seconds, code)
 
 
+def _deadline(context: Any) -> float | None:
+    """When to stop waiting for shards, by `time.monotonic()`."""
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + SHARDS_SHARE * left
+
+
 async def _refuse(context: Any, error: RequestError) -> NoReturn:
     text = _shortened(str(error))
     details: list[Message] = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | UnavailableError):
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,6 +31,9 @@ class IndexSettings(Table):
         task_arguments: for the task's constructor. None: those that the index was built with.
         model: False to run no task at all and answer sketches only.
         device: a torch device name, for the model and the searches.
+        engine: who reads the index's codes: this process, or actors on a Ray cluster.
+        workers: of engine "ray": shards. None: one for each GPU of the cluster, or each node.
+        address: of engine "ray": the cluster's. None: that of RAY_ADDRESS, or one that is started here.
     """
 
     path: str
@@ -38,6 +41,9 @@ class IndexSettings(Table):
     task_arguments: dict[str, Any] | None = None
     model: bool = True
     device: str = "cpu"
+    engine: Literal["local", "ray"] = "local"
+    workers: Annotated[int, Field(gt=0)] | None = None
+    address: str | None = None
 
 
 def _index(value: Any) -> Any:
