@@ -14,6 +14,7 @@ from .neighbors import neighbors
 from .query import query
 from .score import score
 from .serve import serve
+from .token import token
 from .train import train
 from .verify import verify
 
@@ -30,6 +31,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, query, demo),
+    *(serve, token, query, demo),
 ):
     loopsway.add_command(command)

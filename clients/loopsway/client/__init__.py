@@ -8,13 +8,16 @@ from __future__ import annotations
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, QueryGradients, RowGradient
 
 from .client import AsyncClient, Client
+from .credentials import Tls
 from .errors import (
+    AuthenticationError,
     DeadlineError,
     FailedPreconditionError,
     InvalidQueryError,
     LoopswayError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     ServerError,
     UnavailableError,
 )
@@ -33,6 +36,7 @@ from .results import (
 
 __all__ = [
     "AsyncClient",
+    "AuthenticationError",
     "CheckpointInfo",
     "Client",
     "DeadlineError",
@@ -50,6 +54,7 @@ __all__ = [
     "Neighbor",
     "NotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "Query",
     "QueryGradients",
     "QuerySummary",
@@ -58,6 +63,7 @@ __all__ = [
     "ScoreChunk",
     "ServerError",
     "SketchQuery",
+    "Tls",
     "Trajectories",
     "UnavailableError",
 ]
