@@ -73,9 +73,9 @@ def running(engines: list[Engine], settings: Settings) -> Iterator[int]:
         assert not thread.is_alive()
 
 
-def new_engine(path: Path, settings: Settings, *, model: bool = True) -> tuple[Engine, Any]:
+def new_engine(path: Path, settings: Settings, *, model: bool = True, task_spec: str = TASK_SPEC) -> tuple[Engine, Any]:
     """An engine and its task, that the test can hold at the gate."""
-    index, task = open_index(path), load_task(TASK_SPEC)
+    index, task = open_index(path), load_task(task_spec)
     if not model:
         return Engine(index, settings=settings), task
     sketcher = ExampleSketcher(task, index.config)

@@ -118,7 +118,7 @@ def test_too_many_requests_with_a_token_are_refused_with_when_to_come_back(guard
         with suppress(OverloadedError):
             for _ in range(3):
                 client.get_index()
-        with pytest.raises(OverloadedError, match="token slow allows 0.5 requests a second, 2 at once") as caught:
+        with pytest.raises(OverloadedError, match=r"token slow allows 0\.5 requests a second, 2 at once") as caught:
             client.get_index()
         assert caught.value.retry_after_s is not None
         assert 0 < caught.value.retry_after_s <= 2
@@ -250,7 +250,7 @@ async def test_others_reach_a_server_only_with_tls_and_tokens_or_certificates(in
     def check(**settings: Any) -> None:
         check_settings(Settings(host="0.0.0.0", indices=[str(index_path)], **settings))
 
-    with pytest.raises(SettingsError, match="without TLS .* and without tokens"):
+    with pytest.raises(SettingsError, match=r"without TLS .* and without tokens"):
         check()
     with pytest.raises(SettingsError, match=r"without TLS \(a \[tls\] table .*: add"):
         check(tokens=TOKENS)

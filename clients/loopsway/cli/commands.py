@@ -8,6 +8,7 @@ from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
 from .energy import energy
+from .explore import explore
 from .export import export
 from .inspection import inspect
 from .neighbors import neighbors
@@ -31,6 +32,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, token, query, demo),
+    *(serve, token, query, explore, demo),
 ):
     loopsway.add_command(command)

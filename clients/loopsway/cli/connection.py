@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from loopsway.client import Client
+    from loopsway.client import AsyncClient, Client
 
+_Client = TypeVar("_Client")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TOKEN_VARIABLE = "LOOPSWAY_TOKEN"
@@ -45,12 +46,23 @@ class Connection:
 
     def client(self, timeout_s: float) -> Client:
         """A client of the server; what it can't be made of is a usage error."""
-        from loopsway.client import Client, Tls
+        from loopsway.client import Client
+
+        return self._made(Client, timeout_s)
+
+    def async_client(self, timeout_s: float) -> AsyncClient:
+        """As `client`, within an event loop."""
+        from loopsway.client import AsyncClient
+
+        return self._made(AsyncClient, timeout_s)
+
+    def _made(self, kind: Callable[..., _Client], timeout_s: float) -> _Client:
+        from loopsway.client import Tls
 
         try:
             wanted = self.tls or any(file is not None for file in (self.ca, self.cert, self.key))
             tls = Tls(ca=self.ca, cert=self.cert, key=self.key) if wanted else None
-            return Client(self.server, token=self._token(), tls=tls, timeout_s=timeout_s)
+            return kind(self.server, token=self._token(), tls=tls, timeout_s=timeout_s)
         except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from error
 

@@ -33,6 +33,8 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
 )
 @click.option("--fingerprint", metavar="HEX", help="Of the sketcher that made the sketch.")
 @click.option("--k", default=5, show_default=True, help="Proponents, and opponents, in each table.")
+@click.option("--proponents", "num_proponents", type=int, metavar="N", help="Proponents in each table, instead of --k.")
+@click.option("--opponents", "num_opponents", type=int, metavar="N", help="Opponents in each table, instead of --k.")
 @click.option(
     "--resolve",
     type=click.Choice(RESOLVE),
@@ -64,6 +66,8 @@ def query(
     sketch: Path | None,
     fingerprint: str | None,
     k: int,
+    num_proponents: int | None,
+    num_opponents: int | None,
     resolve: str,
     steps: tuple[int, ...],
     where: str,
@@ -90,6 +94,8 @@ def query(
                 asked,
                 question,
                 k=k,
+                num_proponents=num_proponents,
+                num_opponents=num_opponents,
                 resolve=cast("Resolve", resolve.replace("-", "_")),
                 steps=steps or None,
                 where=where,

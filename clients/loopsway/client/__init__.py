@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, QueryGradients, RowGradient
 
-from .client import AsyncClient, Client
+from .async_client import AsyncClient
+from .client import Client
 from .credentials import Tls
 from .errors import (
     AuthenticationError,
@@ -27,6 +28,7 @@ from .results import (
     IndexInfo,
     Influencer,
     InfluenceResult,
+    InfluencerTrajectories,
     Neighbor,
     QuerySummary,
     Ranking,
@@ -49,6 +51,7 @@ __all__ = [
     "IndexInfo",
     "InfluenceResult",
     "Influencer",
+    "InfluencerTrajectories",
     "InvalidQueryError",
     "LoopswayError",
     "Neighbor",

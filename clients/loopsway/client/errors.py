@@ -19,6 +19,8 @@ from typing import cast
 
 import grpc
 
+from loopsway.v1 import attribution_pb2 as pb
+
 from .details import retry_delay_s, violated_field
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -108,6 +110,15 @@ def error_from_rpc(failure: grpc.RpcError, target: str) -> LoopswayError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(f"{target} did not answer in time; raise timeout_s or send fewer queries in one call")
     return ServerError(f"the server at {target} failed ({code.name}): {text}; its log says why")
+
+
+def error_from_failure(failure: pb.Failure) -> LoopswayError:
+    """The exception for a batch that a stream did not answer."""
+    code = next((each for each in grpc.StatusCode if cast("tuple[int, str]", each.value)[0] == failure.code), None)
+    if code in _PLAIN:
+        text = f"{failure.field}: {failure.message}" if failure.field else failure.message
+        return _PLAIN[code](text, field=failure.field or None)
+    return ServerError(f"the server failed ({code.name if code else failure.code}): {failure.message}")
 
 
 def _exhausted(text: str, retry_after_s: float | None) -> LoopswayError:

@@ -23,6 +23,7 @@ SCOPES: dict[str, Scope | Literal["open"]] = {
     f"{ATTRIBUTION}GetIndex": "read",
     f"{ATTRIBUTION}ListIndices": "read",
     f"{ATTRIBUTION}FindInfluences": "read",
+    f"{ATTRIBUTION}StreamInfluences": "read",
     f"{ATTRIBUTION}GetTrajectories": "read",
     f"{ATTRIBUTION}ScoreExamples": "read",
     f"{ATTRIBUTION}FindNeighbors": "read",

@@ -4,7 +4,7 @@ RequestError
 ├── InvalidFieldError (ValueError)    wrong in itself
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
-├── StalledError (TimeoutError)       a stream's next message did not come
+├── StalledError (TimeoutError)       a stream's client was not in time
 ├── UnknownCallerError                no token, or one that is not known
 ├── ForbiddenError (PermissionError)  the token does not allow this
 ├── RateError (RuntimeError)          the token's requests come too fast
@@ -42,7 +42,7 @@ class PreconditionError(RequestError, RuntimeError):
 
 
 class StalledError(RequestError, TimeoutError):
-    """A stream's next message did not come in time."""
+    """A stream's client did not send, or take, the next message in time."""
 
 
 class QueueFullError(RequestError, RuntimeError):

@@ -42,6 +42,7 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
 }
 # An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
 MAX_TEXT_BYTES = 1000
+INTERNAL = "internal error; the server's log has the details"
 
 
 def code_of(error: RequestError) -> grpc.StatusCode:
@@ -49,11 +50,11 @@ def code_of(error: RequestError) -> grpc.StatusCode:
 
 
 async def refuse_as_internal(context: Any) -> NoReturn:
-    await _abort(context, grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+    await _abort(context, grpc.StatusCode.INTERNAL, INTERNAL)
 
 
 async def refuse(context: Any, error: RequestError) -> NoReturn:
-    text = _shortened(str(error))
+    text = shortened(str(error))
     details: list[Message] = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
@@ -79,7 +80,7 @@ def _packed(details: Sequence[Message]) -> list[AnyMessage]:
     return packed
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     data = text.encode("utf-8", "replace")
     cut = data[:MAX_TEXT_BYTES].decode("utf-8", "ignore")  # what JSON brought may hold halves of surrogate pairs
     return cut if len(data) <= MAX_TEXT_BYTES else cut + "..."

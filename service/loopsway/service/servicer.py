@@ -6,9 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
+from google.rpc import code_pb2
 
 from loopsway.indexer import Index
 from loopsway.v1 import attribution_pb2 as pb
@@ -17,16 +19,18 @@ from loopsway.v1.tensors import to_tensor
 
 from . import decoding, encoding, gradients
 from .engine import Engine
-from .errors import InvalidFieldError, RequestError, UnknownNameError, in_field
-from .refusals import code_of, refuse, refuse_as_internal
+from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
+from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
 from .settings import Settings
-from .streams import StreamPlaces, unstalled
+from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
 from .tokens import allowed, check_allowed
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response", bound=Message)
 _Answer = TypeVar("_Answer")
+
+MAX_TAG = 256
 
 
 class Servicer(AttributionServicer):
@@ -66,6 +70,13 @@ class Servicer(AttributionServicer):
             "FindInfluences", request.index, len(request.queries), context, lambda: self._find_influences(request)
         )
 
+    async def StreamInfluences(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
+        self, request_iterator: AsyncIterator[pb.StreamInfluencesRequest], context: Any
+    ) -> None:
+        await self._answer(
+            "StreamInfluences", "", 0, context, lambda: self._stream_influences(request_iterator, context)
+        )
+
     async def GetTrajectories(  # noqa: N802  # the proto's name
         self, request: pb.GetTrajectoriesRequest, context: Any
     ) -> pb.GetTrajectoriesResponse:
@@ -103,18 +114,19 @@ class Servicer(AttributionServicer):
 
     async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
         engine, settings = self._engine(request.index), self._settings
-        k = decoding.k_from(request, settings)
+        counts = decoding.counts_from(request, settings)
         resolve = decoding.resolve_from(request.resolve)
         steps = decoding.steps_from(request.steps)
         queries = decoding.queries_from(request.queries, engine.index, settings)
         answers = await engine.find_influences(
             queries,
-            k=k,
+            k=max(counts),
             resolve=resolve,
             steps=steps,
             where=request.where or None,
             exact=not request.approximate,
         )
+        answers = [answer.cut(*counts) for answer in answers]
         count = sum(
             len(ranked.example_ids)
             for answer in answers
@@ -127,8 +139,39 @@ class Servicer(AttributionServicer):
                 "fewer steps, or send fewer queries in one request",
                 field="k",
             )
+        if request.include_trajectories:
+            answers = await engine.with_curves(answers, resolve)
         response = await asyncio.to_thread(encoding.influences_response, answers, engine.index)
         return self._fitting(response, "k")
+
+    async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
+        settings = self._settings
+        with self._streams.place():
+            timed = unstalled(aiter(requests), settings.stall_s)
+            async with aclosing(in_order(timed, self._batch_answer, settings.stream_batches)) as responses:
+                async for response in responses:
+                    async with taken_in(settings.stall_s):
+                        await context.write(response)
+
+    async def _batch_answer(self, batch: pb.StreamInfluencesRequest) -> pb.StreamInfluencesResponse:
+        """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
+        while True:
+            try:
+                if len(batch.tag) > MAX_TAG:
+                    raise InvalidFieldError(
+                        f"the tag has {len(batch.tag)} characters, expected at most {MAX_TAG}", field="tag"
+                    )
+                return pb.StreamInfluencesResponse(tag=batch.tag, response=await self._find_influences(batch.request))
+            except QueueFullError as error:
+                await asyncio.sleep(error.retry_after_s)
+            except RequestError as error:
+                code = code_of(error).value[0]
+                failure = pb.Failure(code=code, message=shortened(str(error)), field=error.field)
+                return pb.StreamInfluencesResponse(tag=batch.tag[:MAX_TAG], failure=failure)
+            except Exception:
+                _log.exception("a batch of StreamInfluences failed")
+                failure = pb.Failure(code=code_pb2.INTERNAL, message=INTERNAL)
+                return pb.StreamInfluencesResponse(tag=batch.tag, failure=failure)
 
     async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
         engine, settings = self._engine(request.index), self._settings

@@ -99,7 +99,8 @@ class Settings(BaseSettings):
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_gradient_bytes: of one query that comes as gradients.
         max_streams: of queries or gradients, over all indices; more are told to come back.
-        stall_s: seconds that a stream may let pass before its next message.
+        stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
+        stream_batches: batches of one StreamInfluences that are under way or wait to be taken.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
         retry_after_s: seconds after which they are told to.
         batch_size: examples in one forward and backward of the model, of one request or several.
@@ -131,7 +132,8 @@ class Settings(BaseSettings):
     max_influencers: Positive = 200_000
     max_gradient_bytes: Positive = 1 << 30
     max_streams: Positive = 32
-    stall_s: PositiveSeconds = 30.0
+    stall_s: PositiveSeconds = 60.0
+    stream_batches: Positive = 4
     max_waiting: NotNegative = 64
     retry_after_s: PositiveSeconds = 1.0
     batch_size: Positive = 32
