@@ -185,7 +185,7 @@ def test_a_slow_answer_is_a_deadline_error_and_a_full_queue_says_when_to_come_ba
     served = serve(max_waiting=0, retry_after_s=2.5)
     served.task.gate.clear()
     served.task.entered.clear()
-    with Client(served.target, timeout_s=60) as client:
+    with Client(served.target, timeout_s=60, overload_retries=0) as client:
         answers = []
         first = threading.Thread(target=lambda: answers.extend(client.find_influences([IdQuery("tiny-0")])))
         first.start()

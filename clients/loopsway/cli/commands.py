@@ -15,6 +15,7 @@ from .neighbors import neighbors
 from .query import query
 from .score import score
 from .serve import serve
+from .token import token
 from .train import train
 from .verify import verify
 
@@ -31,6 +32,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, query, explore, demo),
+    *(serve, token, query, explore, demo),
 ):
     loopsway.add_command(command)

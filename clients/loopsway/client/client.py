@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
 from . import messages
-from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
+from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Patience, channel_options
+from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
 from .messages import By, Resolve, TrajectoryResolve
@@ -34,19 +37,35 @@ class Client:
         self,
         target: str = DEFAULT_TARGET,
         *,
+        token: str | None = None,
+        tls: Tls | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        overload_retries: int = 2,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         """Makes the client; it connects with its first call.
 
         Args:
             target: the server, as host:port.
+            token: the caller's, where the server wants one. Goes over TLS, or to this machine.
+            tls: None: plaintext.
             timeout_s: the deadline of each call that names none, retries included.
+            overload_retries: how often a call is sent again, after the time that an overloaded server asks for; never
+                streams, nor beyond the deadline.
             max_message_bytes: the largest request to send and response to accept.
+
+        Raises:
+            ValueError: the token would go over the network unencrypted.
+            OSError: a file of `tls` can't be read.
         """
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=channel_options(target, max_message_bytes))
+        self._overload_retries = overload_retries
+        options, credentials = channel_options(target, max_message_bytes), channel_credentials(target, token, tls)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=options)
         self._stub = AttributionStub(self._channel)
 
     def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
@@ -309,7 +328,14 @@ class Client:
         self.close()
 
     def _call(self, method: Callable[..., _Response], request: Any, timeout_s: float | None) -> _Response:
-        try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
-        except grpc.RpcError as failure:
-            raise error_from_rpc(failure, self._target) from failure
+        patience = self._patience(request, timeout_s)
+        while True:
+            try:
+                return method(request, timeout=patience.left_s())
+            except grpc.RpcError as failure:
+                wait_s = patience.wait_s(error_from_rpc(failure, self._target))
+            time.sleep(wait_s)
+
+    def _patience(self, request: Any, timeout_s: float | None) -> Patience:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Patience(self._overload_retries, timeout_s, repeatable=isinstance(request, Message))

@@ -12,7 +12,7 @@ from .engine import Engine
 from .faults import SettingsError
 from .loading import load_engine
 from .server import Server, create_server, serve
-from .settings import IndexSettings, Settings
+from .settings import IndexSettings, Settings, TlsSettings, TokenSettings
 from .sources import read_settings
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "Server",
     "Settings",
     "SettingsError",
+    "TlsSettings",
+    "TokenSettings",
     "check_settings",
     "create_server",
     "load_engine",

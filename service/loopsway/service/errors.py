@@ -1,10 +1,13 @@
-"""What a request can be refused for. servicer.py gives each its status code; nothing here knows gRPC.
+"""What a request can be refused for. refusals.py gives each its status code; nothing here knows gRPC.
 
 RequestError
 ├── InvalidFieldError (ValueError)    wrong in itself
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
 ├── StalledError (TimeoutError)       a stream's client was not in time
+├── UnknownCallerError                no token, or one that is not known
+├── ForbiddenError (PermissionError)  the token does not allow this
+├── RateError (RuntimeError)          the token's requests come too fast
 ├── QueueFullError (RuntimeError)     too many requests are waiting
 └── UnavailableError (RuntimeError)   what answers is being started again
 """
@@ -57,6 +60,26 @@ class QueueFullError(RequestError, RuntimeError):
 
 class UnavailableError(RequestError, RuntimeError):
     """Shards of the index did not answer.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownCallerError(RequestError):
+    """The request brings no token that the server knows."""
+
+
+class ForbiddenError(RequestError, PermissionError):
+    """The caller's token does not allow this."""
+
+
+class RateError(RequestError, RuntimeError):
+    """More requests with one token than it allows.
 
     Attributes:
         retry_after_s: when to ask again.

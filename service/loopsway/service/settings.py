@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .faults import settings_error
@@ -46,6 +47,40 @@ class IndexSettings(Table):
     address: str | None = None
 
 
+class TlsSettings(Table):
+    """The server's certificate; the files may be replaced while it runs.
+
+    Attributes:
+        certificate: PEM, the server's own and then those above it.
+        key: PEM, unencrypted.
+        client_ca: PEM. Callers must show a certificate that one of these signed. None: they need none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+class TokenSettings(Table):
+    """A caller's token, as `loopsway token` writes it. The token itself is nowhere.
+
+    Attributes:
+        name: of the caller, for the log and for errors.
+        sha256: of the token, in hexadecimal.
+        read: the names of the indices that it may ask; "*" stands for all.
+        admin: the same of those that it may also change.
+        requests_per_second: None: any number.
+        burst: requests that may come at once after a pause.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.@-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    read: tuple[str, ...] = ()
+    admin: tuple[str, ...] = ()
+    requests_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    burst: Positive = 10
+
+
 def _index(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
@@ -57,9 +92,11 @@ class Settings(BaseSettings):
 
     Attributes:
         indices: what `loopsway serve` serves.
-        host: address to listen on. Anything but loopback needs `insecure_bind`, as there is no TLS yet.
+        host: address to listen on. Anything but loopback needs `tls`, and `tokens` or its `client_ca`.
         port: 0 lets the system pick a free one.
-        insecure_bind: listen on `host` even when it is not loopback: everybody who reaches it may ask.
+        insecure_bind: listen on `host` without them: everybody who reaches it may ask or listen in.
+        tls: None: the server speaks plaintext.
+        tokens: one of them comes with every request. Empty: whoever reaches the server may ask.
         max_message_bytes: largest request accepted and largest response sent.
         max_queries: in one request.
         max_k: proponents, and opponents, in one ranking.
@@ -91,6 +128,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     insecure_bind: bool = False
+    tls: TlsSettings | None = None
+    tokens: tuple[TokenSettings, ...] = ()
     max_message_bytes: Positive = 64 << 20
     max_queries: Positive = 64
     max_k: Positive = 1000
@@ -117,6 +156,15 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_args: Any, **_others: Any) -> Any:
         return (init_settings,)
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_tokens(cls, tokens: tuple[TokenSettings, ...]) -> tuple[TokenSettings, ...]:
+        for what in ("name", "sha256"):
+            values = [getattr(token, what) for token in tokens]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two of them have the same {what}, expected each its own")
+        return tokens
 
     def with_index_settings(self, given: dict[str, Any]) -> Settings:
         """These settings with some of `IndexSettings` set for every index."""
