@@ -21,6 +21,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 
 from .errors import InvalidFieldError, PreconditionError
+from .limits import json_depth
 from .queries import ExampleQuery, IdQuery, Query, SketchQuery
 from .settings import Settings
 
@@ -156,7 +157,9 @@ def example_ids_from(example_ids: Sequence[str], settings: Settings) -> list[str
 def _query(query: pb.Query, field: str, index: Index, settings: Settings) -> Query:
     match query.WhichOneof("source"):
         case "example_json":
-            return ExampleQuery(obj=_json(query.example_json, f"{field}.example_json"), field=f"{field}.example_json")
+            return ExampleQuery(
+                obj=_json(query.example_json, f"{field}.example_json", settings), field=f"{field}.example_json"
+            )
         case "example_id":
             return IdQuery(example_id=query.example_id, field=f"{field}.example_id")
         case "sketch":
@@ -165,7 +168,11 @@ def _query(query: pb.Query, field: str, index: Index, settings: Settings) -> Que
             raise InvalidFieldError("the query is empty, expected example_json, example_id or sketch", field=field)
 
 
-def _json(text: str, field: str) -> Any:
+def _json(text: str, field: str, settings: Settings) -> Any:
+    if (depth := json_depth(text)) > settings.max_json_depth:
+        raise InvalidFieldError(
+            f"the JSON is {depth} arrays and objects deep, expected at most {settings.max_json_depth}", field=field
+        )
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
