@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from loopsway.indexer import Loop
 from service.tiny_task import TinyTask
 
 
@@ -15,3 +17,15 @@ class MarkupTask(TinyTask):
 
     def metadata(self, row: int) -> dict[str, Any]:
         return {"row": row, "source": f"<script>document.title={row}</script>", "none": None}
+
+
+class LongTask(MarkupTask):
+    """Thirty steps, and what is outside of the loop as well."""
+
+    loop = Loop(body=["block"], outside=True)
+
+    def examples(self) -> Sequence[Any]:
+        return [example | {"num_steps": 30} for example in super().examples()]
+
+    def example_from_json(self, obj: Any) -> Any:
+        return super().example_from_json({"num_steps": 30} | obj)
