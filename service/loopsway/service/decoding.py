@@ -26,6 +26,9 @@ from .queries import ExampleQuery, IdQuery, Query, SketchQuery
 from .settings import Settings
 
 DEFAULT_K = 10
+# Of one step of a sketch; squares, and products with what an index holds, stay within float32.
+MOST_LENGTH = 1e15
+MOST_THRESHOLD = 1e30  # of a similarity, which is a float32
 _RESOLVE: dict[int, TrajectoryResolve] = {
     pb.RESOLVE_MODE_UNSPECIFIED: "query_step",
     pb.RESOLVE_MODE_QUERY_STEP: "query_step",
@@ -105,8 +108,11 @@ def similarity_from(similarity: int) -> By:
 def threshold_from(request: pb.FindNeighborsRequest) -> float | None:
     if not request.HasField("threshold"):
         return None
-    if not math.isfinite(request.threshold):
-        raise InvalidFieldError(f"threshold is {request.threshold}, expected a finite number", field="threshold")
+    if not abs(request.threshold) <= MOST_THRESHOLD:
+        raise InvalidFieldError(
+            f"threshold is {request.threshold}, expected a finite number, -{MOST_THRESHOLD:g} to {MOST_THRESHOLD:g}",
+            field="threshold",
+        )
     return request.threshold
 
 
@@ -202,5 +208,13 @@ def _sketch(sketch: pb.Sketch, field: str, index: Index, settings: Settings) -> 
         step, column = np.argwhere(~np.isfinite(values))[0].tolist()
         raise InvalidFieldError(
             f"value [{step}, {column}] is {values[step, column]}, expected finite numbers", field=where
+        )
+    lengths = np.linalg.norm(values.astype(np.float64), axis=1)
+    if lengths.max() > MOST_LENGTH:
+        step = int(lengths.argmax())
+        raise InvalidFieldError(
+            f"step {step} has length {lengths[step]:g}, expected at most {MOST_LENGTH:g}: influences on it would "
+            "overflow; scale the query down",
+            field=where,
         )
     return SketchQuery(values=values)
