@@ -6,7 +6,6 @@ What stands behind it trusts the values. Each refusal names the field, in the pr
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -28,7 +27,7 @@ from .settings import Settings
 DEFAULT_K = 10
 # Of one step of a sketch; squares, and products with what an index holds, stay within float32.
 MOST_LENGTH = 1e15
-MOST_THRESHOLD = 1e30  # of a similarity, which is a float32
+MOST_THRESHOLD = 1e30  # of a similarity or an influence, which are float32
 _RESOLVE: dict[int, TrajectoryResolve] = {
     pb.RESOLVE_MODE_UNSPECIFIED: "query_step",
     pb.RESOLVE_MODE_QUERY_STEP: "query_step",
@@ -89,9 +88,10 @@ def fractions_from(request: pb.ScoreExamplesRequest) -> Fractions:
 
 
 def least_magnitude_from(request: pb.ScoreExamplesRequest) -> float:
-    if not 0 <= request.least_magnitude < math.inf:
+    if not 0 <= request.least_magnitude <= MOST_THRESHOLD:
         raise InvalidFieldError(
-            f"least_magnitude is {request.least_magnitude}, expected a finite number >= 0", field="least_magnitude"
+            f"least_magnitude is {request.least_magnitude}, expected a finite number >= 0, at most {MOST_THRESHOLD:g}",
+            field="least_magnitude",
         )
     return request.least_magnitude
 

@@ -6,7 +6,9 @@ A stream's messages are checked by the servicer, which can refuse one of them al
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -15,8 +17,10 @@ from google.protobuf.message import DecodeError, Message
 
 from .errors import InvalidFieldError, RequestError
 from .limits import check_limits
-from .refusals import refuse
+from .refusals import refuse, refuse_as_internal
 from .settings import Settings
+
+_log = logging.getLogger(__name__)
 
 
 class Reception(grpc.aio.ServerInterceptor):
@@ -60,25 +64,33 @@ class Reception(grpc.aio.ServerInterceptor):
         return each()
 
 
+@asynccontextmanager
+async def _refusing(context: Any) -> AsyncIterator[None]:
+    """Refuses what was raised, unless the servicer did: gRPC itself would send an exception's text to the caller."""
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except RequestError as error:
+        await refuse(context, error)
+    except Exception:
+        _log.exception("a request failed")
+        await refuse_as_internal(context)
+
+
 def _plain(inner: Any, parse: Any, received: Callable[[Any, Any], Awaitable[Any]]) -> Any:
     async def handle(data: Any, context: Any) -> Any:
-        try:
-            request = await received(data, parse)
-        except RequestError as error:
-            await refuse(context, error)
-        return await inner(request, context)
+        async with _refusing(context):
+            return await inner(await received(data, parse), context)
 
     return handle
 
 
 def _streaming(inner: Any, parse: Any, received: Callable[[Any, Any], Awaitable[Any]]) -> Any:
     async def handle(data: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            request = await received(data, parse)
-        except RequestError as error:
-            await refuse(context, error)
-        async for response in inner(request, context):
-            yield response
+        async with _refusing(context):
+            async for response in inner(await received(data, parse), context):
+                yield response
 
     return handle
 
