@@ -12,7 +12,14 @@ from .tasks import task_options
 
 
 @click.command(short_help="Serve indices over gRPC.")
-@click.option("--index", "indices", multiple=True, required=True, metavar="PATH", help="An index; may be repeated.")
+@click.option(
+    "--index",
+    "indices",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]PATH",
+    help="An index, called NAME by requests, or as its folder; may be repeated.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="0 picks a free one.")
 @task_options(required=False, help="The indices' task, where they name none that ships with Loopsway.")
@@ -47,8 +54,21 @@ def serve(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     with in_one_line(), needs("serving needs the service", "service,cpu"):
-        engines = [
-            service.load_engine(path, task, task_arg or None, model=not no_model, device=device, settings=settings)
-            for path in indices
+        sources = [
+            service.Source(
+                name=name,
+                path=path,
+                task_spec=task,
+                task_arguments=task_arg or None,
+                model=not no_model,
+                device=device,
+            )
+            for name, path in map(_named, indices)
         ]
-        service.serve(engines, settings, ready_file=ready_file)
+        service.serve(sources, settings, ready_file=ready_file)
+
+
+def _named(index: str) -> tuple[str | None, str]:
+    """NAME=PATH, or a path alone, which may have an "=" in a folder's name."""
+    name, is_named, path = index.partition("=")
+    return (name, path) if is_named and name and "/" not in name else (None, index)

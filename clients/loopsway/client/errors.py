@@ -49,7 +49,7 @@ class FailedPreconditionError(LoopswayError):
 
 
 class UnavailableError(LoopswayError, ConnectionError):
-    """No server answers at the target."""
+    """No server answers at the target, or it lacks for now what it needs to answer."""
 
 
 class OverloadedError(LoopswayError):
@@ -88,6 +88,8 @@ def error_from_rpc(failure: grpc.RpcError, target: str) -> LoopswayError:
         return _PLAIN[code](text if field is None else f"{field}: {text}", field=field)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return _exhausted(text, retry_delay_s(status))
+    if code is grpc.StatusCode.UNAVAILABLE and (delay := retry_delay_s(status)) is not None:
+        return UnavailableError(f"{text}; ask again in {delay:g} s")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return UnavailableError(
             f"no Loopsway server answers at {target}: start one (`loopsway serve --index PATH`) or check the target. "

@@ -4,7 +4,8 @@ RequestError
 ├── InvalidFieldError (ValueError)    wrong in itself
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
-└── QueueFullError (RuntimeError)     too many requests are waiting
+├── QueueFullError (RuntimeError)     too many requests are waiting
+└── UnavailableError (RuntimeError)   what the server needs for this is down, and will be up again
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ class PreconditionError(RequestError, RuntimeError):
 
 class QueueFullError(RequestError, RuntimeError):
     """The index has as many requests waiting as it admits.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(RequestError, RuntimeError):
+    """The model's process died under the request, or has too little memory for it now.
 
     Attributes:
         retry_after_s: when to ask again.

@@ -25,7 +25,14 @@ from loopsway.v1.attribution_pb2_grpc import AttributionServicer
 
 from . import decoding, encoding
 from .engine import Engine
-from .errors import InvalidFieldError, PreconditionError, QueueFullError, RequestError, UnknownNameError
+from .errors import (
+    InvalidFieldError,
+    PreconditionError,
+    QueueFullError,
+    RequestError,
+    UnavailableError,
+    UnknownNameError,
+)
 from .settings import Settings
 from .stretches import stretches
 
@@ -38,6 +45,7 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
     UnknownNameError: grpc.StatusCode.NOT_FOUND,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
 # An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
 MAX_TEXT_BYTES = 1000
@@ -47,12 +55,12 @@ class Servicer(AttributionServicer):
     """Answers from the engines, by their names.
 
     Args:
-        engines: name -> engine; at least one.
+        engines: name -> engine; at least one. Looked at anew by each request.
         settings: the limits.
     """
 
     def __init__(self, engines: Mapping[str, Engine], settings: Settings) -> None:
-        self._engines = dict(engines)
+        self._engines = engines
         self._settings = settings
 
     async def GetIndex(  # noqa: N802  # the proto's name
@@ -221,7 +229,7 @@ async def _refuse(context: Any, error: RequestError) -> NoReturn:
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | UnavailableError):
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

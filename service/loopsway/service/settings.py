@@ -24,6 +24,9 @@ class Settings:
         batch_size: examples in one forward and backward of the model, of one request or several.
         batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
             the one before it ran.
+        model_bytes: of all models' weights in memory; the models and checkpoints that were not used for longest leave, and
+            are loaded again when they are asked for. 0: half of the device's free memory.
+        reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.
     """
@@ -41,13 +44,15 @@ class Settings:
     retry_after_s: float = 1.0
     batch_size: int = 32
     batch_delay_s: float = 0.0
+    model_bytes: int = 0
+    reload_poll_s: float = 5.0
     search_threads: int = 2
     grace_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port is {self.port}, expected 0 to 65535 (0: any free one)")
-        may_be_zero = {"port", "max_waiting", "batch_delay_s", "grace_s"}
+        may_be_zero = {"port", "max_waiting", "batch_delay_s", "grace_s", "model_bytes", "reload_poll_s"}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, str | bool) or (field.name in may_be_zero and value >= 0):

@@ -8,7 +8,7 @@ This file knows no model: a query comes as sketches. An open index keeps the gen
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,12 @@ class UnknownExampleError(LookupError):
 
 
 def open_index(
-    path: str | Path, *, generation: int | None = None, device: str = "cpu", device_bytes: int | None = None
+    path: str | Path,
+    *,
+    generation: int | None = None,
+    device: str = "cpu",
+    device_bytes: int | None = None,
+    name: str | None = None,
 ) -> Index:
     """Opens a finished index for search.
 
@@ -52,6 +57,7 @@ def open_index(
         device_bytes: of codes that stay on the device; a slot is copied there when it is first searched, and the one
             that was not used for longest leaves. Those beyond are copied block by block in each search. None: half of
             what the device has free at the first search. Of no meaning for "cpu".
+        name: what it is called. None: as its folder, without ".index".
 
     Raises:
         IndexNotFoundError: there is none, it is unfinished, or it has no such generation.
@@ -59,7 +65,7 @@ def open_index(
         StorageError: the object store can't be reached, or the cache of its files is too small.
         ValueError: the device is unknown or not available, or device_bytes is negative.
     """
-    return Index(path, generation, device_scan(device, device_bytes))
+    return Index(path, generation, device_scan(device, device_bytes), name)
 
 
 class Index:
@@ -70,11 +76,15 @@ class Index:
 
     Attributes:
         folder: where it lies.
+        name: what it is called.
         manifest: what it is.
     """
 
-    def __init__(self, path: str | Path, generation: int | None, scan: DeviceScan | None = None) -> None:
+    def __init__(
+        self, path: str | Path, generation: int | None, scan: DeviceScan | None = None, name: str | None = None
+    ) -> None:
         self.folder = open_folder(path)
+        self.name = name or self.folder.address.rpartition("/")[2].removesuffix(".index")
         self.manifest = Manifest.read(self.folder, generation)
         self._check_files()
         self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
@@ -91,10 +101,6 @@ class Index:
     def path(self) -> Path | str:
         """Its folder, or its URL."""
         return self.folder.path if isinstance(self.folder, LocalFolder) else self.folder.address
-
-    @property
-    def name(self) -> str:
-        return self.folder.address.rpartition("/")[2].removesuffix(".index")
 
     @property
     def num_rows(self) -> int:
@@ -329,6 +335,7 @@ class Index:
         *,
         where: str | None = None,
         exact: bool = True,
+        go_on: Callable[[], object] | None = None,
     ) -> Any:
         """The strongest proponents and opponents of each query, in total and at each step.
 
@@ -342,6 +349,7 @@ class Index:
             exact: whether every stored code is read, which finds the exact top k; False takes the candidates of the
                 FAISS indices, as many as the build found to be enough, unless `where` leaves too few rows for them. The
                 answer's `recall` says which it was.
+            go_on: called before each costly part, the scan of one slot. What it raises ends the search.
 
         Returns:
             A Ranking, or a list of Q of them.
@@ -359,7 +367,7 @@ class Index:
         kept = None if where is None else matching_rows(self.examples, where)
         asked = {Pair(None, TOTAL), *(wanted[step] for step in chosen)}
         recall = 1.0 if exact else self._least_recall({pair.slot for pair in asked})
-        found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact)
+        found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact, go_on=go_on)
         rankings = [
             Ranking(
                 total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
@@ -370,13 +378,21 @@ class Index:
         ]
         return rankings[0] if single else rankings
 
-    def scores(self, query_sketches: Any, resolve: Resolve = "query_step", *, where: str | None = None) -> Scores:
+    def scores(
+        self,
+        query_sketches: Any,
+        resolve: Resolve = "query_step",
+        *,
+        where: str | None = None,
+        go_on: Callable[[], object] | None = None,
+    ) -> Scores:
         """The influence of every example, in total and at each step; it takes 8 (S + 1) Q n bytes.
 
         Args:
             query_sketches: float32 [T, W] or [Q, T, W].
             resolve: as in `search`.
             where: as in `search`.
+            go_on: as in `search`.
 
         Raises:
             FilterError, ValueError: as `search`.
@@ -391,6 +407,8 @@ class Index:
         influences = np.empty((len(sketches), len(wanted), len(rows)), np.float32)
         errors = np.empty_like(influences)
         for slot in {pair.slot for pair in wanted}:
+            if go_on is not None:
+                go_on()
             mine = [place for place, pair in enumerate(wanted) if pair.slot == slot]
             queries = vectors[:, [wanted[place].query for place in mine]]  # [Q, pairs, W]
             scores = self._slots[slot].scores(queries.reshape(-1, self.width))[:, rows]
@@ -455,11 +473,20 @@ class Index:
         return influences, errors
 
     def _search_pairs(
-        self, wanted: set[Pair], vectors: np.ndarray, k: int, *, kept: np.ndarray | None, exact: bool
+        self,
+        wanted: set[Pair],
+        vectors: np.ndarray,
+        k: int,
+        *,
+        kept: np.ndarray | None,
+        exact: bool,
+        go_on: Callable[[], object] | None,
     ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
         """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
         found = {}
         for slot in {pair.slot for pair in wanted}:
+            if go_on is not None:
+                go_on()
             mine = sorted(pair for pair in wanted if pair.slot == slot)
             queries = np.concatenate([vectors[:, pair.query] for pair in mine])  # [pairs * Q, W]
             efforts = None if exact else self._efforts(slot)
