@@ -18,6 +18,7 @@ PACKAGES = (
     "indexer/loopsway/tasks",
     "service/loopsway/service",
     "protos/loopsway/v1",
+    "protos/loopsway/wire",
     "clients/loopsway/client",
     "clients/loopsway/cli",
 )

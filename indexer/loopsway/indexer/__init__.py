@@ -22,7 +22,9 @@ from .search.index import Index, UnknownExampleError, open_index
 from .search.model import LoadError, allowed_task, load_sketcher
 from .search.ranking import Example, Influencers, Ranked, Ranking, Scores
 from .sketches.features import ExampleSketcher
+from .sketches.gradient_sketcher import GradientError, GradientSketch, GradientSketcher
 from .sketches.plan import PlanEntry
+from .sketches.query_gradients import query_gradients
 from .sketches.sketcher import StepSketcher
 from .stopping import StoppedError
 from .store.folders import IndexDamagedError, StorageError
@@ -39,6 +41,9 @@ __all__ = [
     "ExampleQueries",
     "ExampleSketcher",
     "FilterError",
+    "GradientError",
+    "GradientSketch",
+    "GradientSketcher",
     "Index",
     "IndexDamagedError",
     "IndexExistsError",
@@ -77,6 +82,7 @@ __all__ = [
     "load_task",
     "open_index",
     "prune_index",
+    "query_gradients",
     "score_examples",
     "score_self_influence",
     "self_influences",

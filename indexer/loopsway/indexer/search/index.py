@@ -145,6 +145,11 @@ class Index:
         return self.manifest.plan.checkpoints
 
     @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is attributed to."""
+        return dict(self.manifest.plan.parameters)
+
+    @property
     def task_spec(self) -> str | None:
         return self.manifest.plan.task_spec
 

@@ -42,14 +42,15 @@ class Captured:
 
     Attributes:
         losses: [B], detached.
-        values: [B, slots, W], or [B, slots, P] when exact: the steps, then `before` and `after` if they were asked for.
+        values: the sink's, one for each example: [B, slots, W], or [B, slots, P] when exact. Slots are the steps, then
+            `before` and `after` if they were asked for.
         sink: that they came from.
         num_steps: S.
         steps_without_gradient: steps that ran under no_grad or were cut off from the loss.
     """
 
     losses: Tensor
-    values: Tensor
+    values: Any
     sink: GradientSink
     num_steps: int
     steps_without_gradient: tuple[int, ...]

@@ -22,6 +22,7 @@ from ..config import Checkpoint, Loop, SketchConfig
 from ..gradients.losses import NonFiniteError, check_finite
 from ..task import Task, TaskError
 from .capture import Captured
+from .gradient_sketcher import GradientSketcher
 from .hashes import CONSTRUCTION
 from .plan import PlanEntry
 from .sketcher import StepSketcher
@@ -93,6 +94,18 @@ class ExampleSketcher:
     def plan(self) -> list[PlanEntry]:
         """How each parameter was attributed to in the last batch, at the last checkpoint."""
         return self._sketchers[-1].plan()
+
+    def gradient_sketcher(self) -> GradientSketcher:
+        """Sketches queries that come as gradients as `sketch` does those that come as examples; runs no model.
+
+        Thread-safe, unless optimizer_aware=True: then its pieces count as calls of this sketcher's.
+        """
+        names = [checkpoint.name for checkpoint in self.checkpoints]
+        hashes = {name: each.hashes for name, each in zip(names, self._sketchers, strict=True)}
+        scales_of = (lambda name: self._at(names.index(name)).scales) if self.config.optimizer_aware else None
+        return GradientSketcher(
+            self.parameters, self.checkpoints, self.config, hashes, scales_of=scales_of, device=self._device
+        )
 
     def close(self) -> None:
         """Frees the models; the next call loads them again."""

@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class GradientSink(Protocol):
     """Where a backward pass drops its gradients."""
 
     @property
-    def values(self) -> Tensor: ...  # [B, S, W] or [B, S, P], float32
+    def values(self) -> Any: ...  # one for each example; of sketches, float32 [B, S, W] or [B, S, P]
 
     def add(self, parameter: str, step: int, gradient: Gradient) -> None: ...
 

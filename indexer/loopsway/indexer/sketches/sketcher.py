@@ -21,7 +21,7 @@ from ..gradients.forms import Dense
 from ..gradients.losses import Losses, dense_gradients
 from ..gradients.optimizer import optimizer_scales
 from ..gradients.uses import NotFollowedError
-from .capture import Capture, Captured
+from .capture import Capture, Captured, SinkFactory
 from .plan import PlanEntry, plan_entries
 from .planner import PathCost
 from .sketch import DeviceHash, ExactGradients, GradientSink, Sketches
@@ -52,6 +52,8 @@ class StepSketcher:
 
     Attributes:
         parameters: names and shapes of what is attributed to.
+        hashes: of each parameter, by name; none when width=None.
+        scales: of each parameter's entries, by name; None unless optimizer_aware=True, and while released.
 
     Raises:
         ValueError: the body can't be attributed; the module is named.
@@ -75,10 +77,10 @@ class StepSketcher:
         self._checked_examples = 0
         self._untied_because: str | None = None
         self._costs: Mapping[str, PathCost] | None = None  # of the last batch
-        self._scales = optimizer_scales(self._capture.parameters, self.config, second_moments)
-        self._hashes: dict[str, DeviceHash] = {}
+        self.scales = optimizer_scales(self._capture.parameters, self.config, second_moments)
+        self.hashes: dict[str, DeviceHash] = {}
         if self.config.width is not None:
-            self._hashes = DeviceHash.of_parameters(
+            self.hashes = DeviceHash.of_parameters(
                 self.parameters,
                 width=self.config.width,
                 seed=self.config.seed,
@@ -89,13 +91,13 @@ class StepSketcher:
     @property
     def size_bytes(self) -> int:
         """Of the weights, and of what scales their gradients."""
-        scales = (self._scales or {}).values()
+        scales = (self.scales or {}).values()
         return size_of(self._capture.model) + sum(scale.nbytes for scale in scales)
 
     def release(self) -> None:
         """Frees the weights; what was learned of the model stays. `restore` them before the next batch."""
         empty(self._capture.model)
-        self._scales = None
+        self.scales = None
 
     def restore(self, model: nn.Module, second_moments: Mapping[str, Tensor] | None = None) -> None:
         """Takes the weights of the same checkpoint, loaded anew; arguments as for the constructor.
@@ -104,7 +106,7 @@ class StepSketcher:
             TaskError: it has other weights, or is the released one itself.
         """
         fill(self._capture.model, model)
-        self._scales = optimizer_scales(self._capture.parameters, self.config, second_moments)
+        self.scales = optimizer_scales(self._capture.parameters, self.config, second_moments)
 
     def sketch(self, losses: Losses, batch: Any) -> Tensor:
         """Sketches of a batch.
@@ -125,7 +127,7 @@ class StepSketcher:
     def run(self, losses: Losses, batch: Any) -> Captured:
         """As `sketch`, with the losses and the steps without gradient beside the sketches (`values`)."""
         _refuse_randomness(self._capture.model)
-        captured = self._captured(losses, batch) if self._checked_examples else None
+        captured = self.captured(losses, batch) if self._checked_examples else None
         if captured is None or self._checked_examples < min(len(captured.losses), 2):
             captured = self._checked(losses, batch)
         captured.values.mul_(self._scale)
@@ -142,15 +144,25 @@ class StepSketcher:
             raise ValueError("there is no plan before the first batch: call sketch(losses, batch) once")
         return plan_entries(self.parameters, self._capture.seen, self._costs, self._untied_because)
 
-    def _captured(self, losses: Losses, batch: Any, outside: bool | None = None) -> Captured:
-        capture = self._capture
+    def captured(
+        self, losses: Losses, batch: Any, new_sink: SinkFactory | None = None, *, outside: bool | None = None
+    ) -> Captured:
+        """A run's gradients in any sink, unscaled and unchecked: for what `run` has checked before.
+
+        Args:
+            losses: as for `run`.
+            batch: as for `run`.
+            new_sink: called with (B, number of slots). None: for sketches.
+            outside: whether `before` and `after` are wanted; None: as the loop says.
+        """
+        capture, new_sink = self._capture, new_sink or self._new_sink
         if self._untied_because is None:
             try:
-                return capture.run(losses, batch, self._new_sink, outside=outside)
+                return capture.run(losses, batch, new_sink, outside=outside)
             except NotFollowedError as error:
                 self._untie(str(error))
         wanted = capture.body.loop.outside if outside is None else outside
-        return run_untied(capture.model, capture.body, losses, batch, self._new_sink, outside=wanted)
+        return run_untied(capture.model, capture.body, losses, batch, new_sink, outside=wanted)
 
     def _untie(self, because: str) -> None:
         self._untied_because = because
@@ -163,19 +175,19 @@ class StepSketcher:
     def _new_sink(self, batch: int, num_slots: int) -> GradientSink:
         width = self.config.width
         if width is None:
-            return ExactGradients(self.parameters, batch, num_slots, device=self._device, scales=self._scales)
+            return ExactGradients(self.parameters, batch, num_slots, device=self._device, scales=self.scales)
         return Sketches(
-            self._hashes,
+            self.hashes,
             batch,
             num_slots,
             width=width,
             layer_path=self.config.layer_path,
             device=self._device,
-            scales=self._scales,
+            scales=self.scales,
         )
 
     def _checked(self, losses: Losses, batch: Any) -> Captured:
-        captured = self._captured(losses, batch, outside=True)
+        captured = self.captured(losses, batch, outside=True)
         if self._untied_because is None:
             difference = self._difference(losses, batch, captured)
             half = any(parameter.dtype != torch.float32 for parameter in self._capture.parameters.values())
@@ -186,7 +198,7 @@ class StepSketcher:
                     f"(relative difference {difference:.3g}), so a parameter is used where torch's functions can't be "
                     "seen: by a custom autograd function, or compiled or scripted code"
                 )
-                captured = self._captured(losses, batch, outside=True)
+                captured = self.captured(losses, batch, outside=True)
         self._checked_examples = max(self._checked_examples, len(captured.losses))
         if self._capture.body.loop.outside:
             return captured
