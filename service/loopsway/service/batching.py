@@ -82,14 +82,14 @@ class Batcher(Generic[_Item, _Result]):
                 if not future.done():
                     future.set_exception(error)
             return
-        for (_, future), result in zip(batch, results, strict=True):
+        for (_, future), result in zip(batch, results or [], strict=results is not None):
             if not future.done():
                 future.set_result(result)
 
     async def _while_wanted(
         self, items: Sequence[_Item], futures: Sequence[asyncio.Future[_Result]]
-    ) -> Sequence[_Result]:
-        """Does the work, and cancels it once nobody waits for any of its results."""
+    ) -> Sequence[_Result] | None:
+        """Does the work; None when it was cancelled because nobody waited for any of its results any more."""
         work = asyncio.ensure_future(self._work(items))
         is_unwanted = False
 
@@ -105,6 +105,6 @@ class Batcher(Generic[_Item, _Result]):
             return await work
         except asyncio.CancelledError:
             if is_unwanted:
-                return [None] * len(items)  # type: ignore[list-item]  # every future is done: none is given
+                return None
             work.cancel()
             raise

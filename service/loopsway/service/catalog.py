@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loopsway.indexer import StorageError
@@ -90,10 +91,8 @@ class Catalog(Mapping[str, Engine]):
 
     async def _watch(self) -> None:
         while True:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._is_asked.wait(), self._settings.reload_poll_s or None)
-            except TimeoutError:
-                pass
             self._is_asked.clear()
             for name in self._served:
                 try:
@@ -115,18 +114,13 @@ class Catalog(Mapping[str, Engine]):
             _log.error("a new generation of index %s is refused, generation %d goes on: %s", name,
                        served.engine.index.generation, error)  # fmt: skip
             return
-        before, served.engine = served.engine, engine
-        before.retire()
         _log.info("index %s answers from generation %d, no more from %d", name, engine.index.generation,
-                  before.index.generation)  # fmt: skip
+                  served.engine.index.generation)  # fmt: skip
+        served.engine = engine  # the old one closes when the last request lets it go
 
     async def _opened(self, source: Source) -> Engine:
         engine = await asyncio.to_thread(load_engine, source, self._settings)
-        try:
-            await engine.warm_up(self.worker)
-        except BaseException:
-            engine.retire()
-            raise
+        await engine.warm_up(self.worker)
         return engine
 
 

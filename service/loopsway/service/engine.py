@@ -191,14 +191,14 @@ class Engine:
             await self._in_thread(lambda go_on: self._trajectories([query], example_ids, "query_step", go_on))
 
     def close(self) -> None:
-        """Frees the model and waits for running searches; drops waiting ones."""
-        self.retire()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Frees the model and waits for running searches; drops waiting ones.
 
-    def retire(self) -> None:
-        """Frees the model: the index is open for as long as a request holds this engine, and no longer."""
+        An engine that nobody holds any more closes by itself: one whose generation was replaced lives as long as the
+        last request that found it.
+        """
         if self._model is not None:
             self._model.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
     @contextmanager
     def _place(self) -> Iterator[None]:

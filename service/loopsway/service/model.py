@@ -5,7 +5,10 @@ S steps, W width. Queries of several requests share batches.
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
@@ -46,7 +49,7 @@ class QueryModel:
         }
         # Two generations of one index are loaded side by side while one replaces the other.
         self._key = f"{index.name}, generation {index.generation}, load {next(_numbers)}"
-        self._worker: ModelWorker | None = None
+        self._forget: weakref.finalize[..., QueryModel] | None = None
         self._batches: Batcher[Message, Answer] | None = None
 
     async def load(self, worker: ModelWorker) -> None:
@@ -55,8 +58,10 @@ class QueryModel:
         Raises:
             LoadError: the task can't be loaded, or its model makes other sketches than the index holds.
         """
-        self._worker = worker
         await worker.load(self._key, self._facts)
+        # With the last reference to it, which may go in any thread, the models go.
+        self._forget = weakref.finalize(self, _forget, asyncio.get_running_loop(), worker, self._key)
+        self._forget.atexit = False
         self._batches = Batcher(
             partial(_sketched, worker, self._key),
             batch_size=self._settings.batch_size,
@@ -89,8 +94,8 @@ class QueryModel:
 
     def close(self) -> None:
         """Frees the models."""
-        if self._worker is not None:
-            self._worker.forget(self._key)
+        if self._forget is not None:
+            self._forget()
 
     async def _run(self, items: Sequence[Message]) -> list[Answer | BaseException]:
         assert self._batches is not None, "load comes first"
@@ -132,3 +137,8 @@ async def _sketched(worker: ModelWorker, key: str, items: Sequence[Message]) -> 
         )
         for result in reply["results"]
     ]
+
+
+def _forget(loop: asyncio.AbstractEventLoop, worker: ModelWorker, key: str) -> None:
+    with suppress(RuntimeError):  # the loop is closed: so is the worker
+        loop.call_soon_threadsafe(worker.forget, key)

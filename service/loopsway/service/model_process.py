@@ -180,7 +180,9 @@ class ModelProcess:
                 if reply["error"] == "internal":
                     _log.exception("%s failed", message["kind"])
             finally:
-                self._cancelled.discard(message["id"])
+                for number in list(self._cancelled):  # ids ascend: what is older is done
+                    if number <= message["id"]:
+                        self._cancelled.discard(number)
             self._connection.sendall(encoded(reply | {"id": message["id"]}, arrays))
 
     def _read(self) -> None:

@@ -24,8 +24,8 @@ class Settings:
         batch_size: examples in one forward and backward of the model, of one request or several.
         batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
             the one before it ran.
-        model_bytes: of all models' weights in memory; the models and checkpoints that were not used for longest leave, and
-            are loaded again when they are asked for. 0: half of the device's free memory.
+        model_bytes: of all models' weights in memory; the checkpoints that were not used for longest leave, and are
+            loaded again when they are needed. 0: half of the device's free memory.
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.

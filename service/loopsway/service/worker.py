@@ -57,6 +57,11 @@ class ModelWorker:
         """Of the process that runs now."""
         return self._life.process.pid if self._life is not None else None
 
+    @property
+    def loaded(self) -> list[str]:
+        """Keys of what is loaded."""
+        return list(self._loads)
+
     async def load(self, key: str, facts: Message) -> None:
         """Loads a task and its models, in this process and in every later one.
 
