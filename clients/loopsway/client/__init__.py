@@ -5,6 +5,8 @@ Needs grpcio, protobuf and numpy alone: none of torch, faiss and zarr.
 
 from __future__ import annotations
 
+from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, QueryGradients, RowGradient
+
 from .client import AsyncClient, Client
 from .errors import (
     DeadlineError,
@@ -34,8 +36,11 @@ __all__ = [
     "CheckpointInfo",
     "Client",
     "DeadlineError",
+    "DenseGradient",
     "ExampleQuery",
+    "FactoredGradient",
     "FailedPreconditionError",
+    "GradientPiece",
     "IdQuery",
     "IndexInfo",
     "InfluenceResult",
@@ -46,8 +51,10 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "Query",
+    "QueryGradients",
     "QuerySummary",
     "Ranking",
+    "RowGradient",
     "ScoreChunk",
     "ServerError",
     "SketchQuery",

@@ -11,10 +11,12 @@ import grpc.aio
 
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from loopsway.wire import QueryGradients
 
 from . import messages
 from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
 from .errors import error_from_rpc
+from .gradients import OnBytes, gradient_requests
 from .messages import By, Resolve, TrajectoryResolve
 from .queries import Query, SketchQuery
 from .results import IndexInfo, InfluenceResult, Neighbor, ScoreChunk, Trajectories
@@ -181,6 +183,27 @@ class Client:
         request = messages.sketches_request(queries, index)
         return messages.sketch_queries(self._call(self._stub.SketchQueries, request, timeout_s))
 
+    def sketch_gradients(
+        self,
+        gradients: QueryGradients,
+        *,
+        index: str = "",
+        on_progress: OnBytes | None = None,
+        timeout_s: float | None = None,
+    ) -> SketchQuery:
+        """A query's gradients as a sketch, which may be asked about again and again; the server runs no model.
+
+        They are sent as fast as the server takes them.
+
+        Args:
+            gradients: such as `loopsway.indexer.query_gradients` makes them of a torch model and a batch.
+            index: may be left out when the server serves exactly one.
+            on_progress: called with the bytes sent so far and of all.
+            timeout_s: of the whole stream. None: the client's own.
+        """
+        requests = gradient_requests(gradients, index, on_progress)
+        return messages.sketch_query(self._call(self._stub.SketchGradients, requests, timeout_s))
+
     def close(self) -> None:
         self._channel.close()
 
@@ -302,6 +325,18 @@ class AsyncClient:
         """As `Client.sketch_queries`."""
         request = messages.sketches_request(queries, index)
         return messages.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s))
+
+    async def sketch_gradients(
+        self,
+        gradients: QueryGradients,
+        *,
+        index: str = "",
+        on_progress: OnBytes | None = None,
+        timeout_s: float | None = None,
+    ) -> SketchQuery:
+        """As `Client.sketch_gradients`."""
+        requests = gradient_requests(gradients, index, on_progress)
+        return messages.sketch_query(await self._call(self._stub.SketchGradients, requests, timeout_s))
 
     async def close(self) -> None:
         await self._channel.close()

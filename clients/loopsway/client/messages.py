@@ -194,6 +194,10 @@ def sketch_queries(response: pb.SketchQueriesResponse) -> list[SketchQuery]:
     ]
 
 
+def sketch_query(response: pb.SketchGradientsResponse) -> SketchQuery:
+    return SketchQuery(from_tensor(response.sketch.values, dtype="float32"), response.sketch.fingerprint)
+
+
 def _neighbor(neighbor: pb.Neighbor) -> Neighbor:
     return Neighbor(
         example_id=neighbor.example_id,

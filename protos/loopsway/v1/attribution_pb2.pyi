@@ -103,6 +103,8 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     """IEEE 754 binary16, 2 bytes an element."""
     DATA_TYPE_FLOAT64: _DataType.ValueType  # 3
     """IEEE 754 binary64, 8 bytes an element."""
+    DATA_TYPE_INT64: _DataType.ValueType  # 4
+    """Signed integers in two's complement, 8 bytes an element."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """The type of a tensor's elements."""
@@ -115,6 +117,8 @@ DATA_TYPE_FLOAT16: DataType.ValueType  # 2
 """IEEE 754 binary16, 2 bytes an element."""
 DATA_TYPE_FLOAT64: DataType.ValueType  # 3
 """IEEE 754 binary64, 8 bytes an element."""
+DATA_TYPE_INT64: DataType.ValueType  # 4
+"""Signed integers in two's complement, 8 bytes an element."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final
@@ -1189,3 +1193,273 @@ class SketchQueriesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SketchQueriesResponse: _TypeAlias = SketchQueriesResponse  # noqa: Y015
+
+@_typing.final
+class SketchGradientsRequest(_message.Message):
+    """A part of a query's gradients. A stream begins with its header, goes on with any number of pieces, and closes with its
+    end; the server does not wait longer than it allows (30 s by default) between two of them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___GradientHeader:
+        """What comes."""
+
+    @_builtins.property
+    def piece(self) -> Global___GradientPiece:
+        """Some of the gradients."""
+
+    @_builtins.property
+    def end(self) -> Global___GradientEnd:
+        """That all has come. A stream without it was cut off, and is refused."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___GradientHeader | None = ...,
+        piece: Global___GradientPiece | None = ...,
+        end: Global___GradientEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "part", b"part", "piece", b"piece"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "part", b"part", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "piece", "end"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___SketchGradientsRequest: _TypeAlias = SketchGradientsRequest  # noqa: Y015
+
+@_typing.final
+class GradientHeader(_message.Message):
+    """What a stream of gradients will bring."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The index's name. May be empty when the server serves exactly one."""
+    step_count: _builtins.int
+    """The query's number of steps, from 1 to the server's limit (1,024 by default); of an index whose loop has `outside`,
+    two more, for what lies before the first step and after the last.
+    """
+    total_bytes: _builtins.int
+    """The bytes of all tensors' data in the pieces that follow, from 1 to the server's limit for a query (1 GiB by
+    default). More, fewer, or too many to be allowed is INVALID_ARGUMENT, the last before anything else is read.
+    """
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+        step_count: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "step_count", b"step_count", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientHeader: _TypeAlias = GradientHeader  # noqa: Y015
+
+@_typing.final
+class GradientPiece(_message.Message):
+    """Some of the gradient of a query's loss with respect to one parameter, as it is used at one step, at one checkpoint:
+    plain, before the learning rate and an optimizer's scaling, which the server applies. Pieces come in any order, best
+    by checkpoint and then by step, and are small enough for one message; those of one parameter, step and checkpoint add
+    up, and what none names is zero.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    PARAMETER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DENSE_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.str
+    """The name of one of the index's checkpoints."""
+    parameter: _builtins.str
+    """The parameter's name in the model; one of the loop's body."""
+    step: _builtins.int
+    """The step, from 0 to below the header's step_count."""
+    @_builtins.property
+    def dense(self) -> Global___DenseGradient:
+        """Its entries."""
+
+    @_builtins.property
+    def factors(self) -> Global___FactoredGradient:
+        """The factors that it is a product of."""
+
+    @_builtins.property
+    def rows(self) -> Global___RowGradient:
+        """Rows of it."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _builtins.str = ...,
+        parameter: _builtins.str = ...,
+        step: _builtins.int = ...,
+        dense: Global___DenseGradient | None = ...,
+        factors: Global___FactoredGradient | None = ...,
+        rows: Global___RowGradient | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dense", b"dense", "factors", b"factors", "form", b"form", "rows", b"rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dense", b"dense", "factors", b"factors", "form", b"form", "parameter", b"parameter", "rows", b"rows", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_form: _TypeAlias = _typing.Literal["dense", "factors", "rows"]  # noqa: Y015
+    _WhichOneofArgType_form: _TypeAlias = _typing.Literal["form", b"form"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_form) -> _WhichOneofReturnType_form | None: ...
+
+Global___GradientPiece: _TypeAlias = GradientPiece  # noqa: Y015
+
+@_typing.final
+class DenseGradient(_message.Message):
+    """Consecutive entries of a gradient, zero elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """The place of the first of them in the flattened parameter, >= 0."""
+    @_builtins.property
+    def values(self) -> Global___Tensor:
+        """The entries, row-major; floats of any precision, finite in float32, of any shape, at least one."""
+
+    def __init__(
+        self,
+        *,
+        values: Global___Tensor | None = ...,
+        start: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DenseGradient: _TypeAlias = DenseGradient  # noqa: Y015
+
+@_typing.final
+class FactoredGradient(_message.Message):
+    """The gradient of a weight of a linear layer, [outputs, inputs]: the sum over terms t of the outer products of
+    output_gradients[t] and inputs[t]. Terms, which are tokens as a rule, may be split over several pieces.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_GRADIENTS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def output_gradients(self) -> Global___Tensor:
+        """[terms, outputs], floats of any precision, finite in float32, at least one term."""
+
+    @_builtins.property
+    def inputs(self) -> Global___Tensor:
+        """[terms, inputs], likewise."""
+
+    def __init__(
+        self,
+        *,
+        output_gradients: Global___Tensor | None = ...,
+        inputs: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "output_gradients", b"output_gradients"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "output_gradients", b"output_gradients"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FactoredGradient: _TypeAlias = FactoredGradient  # noqa: Y015
+
+@_typing.final
+class RowGradient(_message.Message):
+    """The gradient of a table, [rows, features], which is zero but at some rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rows(self) -> Global___Tensor:
+        """int64, [n]: the rows, each from 0 to below the table's, n >= 1. One that comes more than once adds up."""
+
+    @_builtins.property
+    def values(self) -> Global___Tensor:
+        """[n, features], floats of any precision, finite in float32."""
+
+    def __init__(
+        self,
+        *,
+        rows: Global___Tensor | None = ...,
+        values: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "values", b"values"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowGradient: _TypeAlias = RowGradient  # noqa: Y015
+
+@_typing.final
+class GradientEnd(_message.Message):
+    """Closes a stream of gradients."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """The SHA-256 of all tensors' data in the order in which they came (in a piece, in the order of its fields' numbers):
+    32 bytes. Another one than the server's is INVALID_ARGUMENT.
+    """
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientEnd: _TypeAlias = GradientEnd  # noqa: Y015
+
+@_typing.final
+class SketchGradientsResponse(_message.Message):
+    """Answers SketchGradients."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SKETCH_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The name of the index that answered."""
+    @_builtins.property
+    def sketch(self) -> Global___Sketch:
+        """The sketch, as Query.sketch takes it."""
+
+    def __init__(
+        self,
+        *,
+        sketch: Global___Sketch | None = ...,
+        index: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sketch", b"sketch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "sketch", b"sketch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SketchGradientsResponse: _TypeAlias = SketchGradientsResponse  # noqa: Y015

@@ -73,6 +73,11 @@ class AttributionStub(object):
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesRequest.SerializeToString,
                 response_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesResponse.FromString,
                 _registered_method=True)
+        self.SketchGradients = channel.stream_unary(
+                '/loopsway.v1.Attribution/SketchGradients',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsResponse.FromString,
+                _registered_method=True)
 
 
 class AttributionServicer(object):
@@ -133,6 +138,15 @@ class AttributionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SketchGradients(self, request_iterator, context):
+        """Sketches one query that comes as its gradients, in a stream of a header, pieces and an end. No model runs, and the
+        server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
+        (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttributionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +184,11 @@ def add_AttributionServicer_to_server(servicer, server):
                     servicer.SketchQueries,
                     request_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesRequest.FromString,
                     response_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchQueriesResponse.SerializeToString,
+            ),
+            'SketchGradients': grpc.stream_unary_rpc_method_handler(
+                    servicer.SketchGradients,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -365,6 +384,33 @@ class Attribution(object):
             '/loopsway.v1.Attribution/SketchQueries',
             loopsway_dot_v1_dot_attribution__pb2.SketchQueriesRequest.SerializeToString,
             loopsway_dot_v1_dot_attribution__pb2.SketchQueriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SketchGradients(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loopsway.v1.Attribution/SketchGradients',
+            loopsway_dot_v1_dot_attribution__pb2.SketchGradientsRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.SketchGradientsResponse.FromString,
             options,
             channel_credentials,
             insecure,

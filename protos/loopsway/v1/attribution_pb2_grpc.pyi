@@ -61,6 +61,11 @@ class AttributionStub:
     """
     SketchQueries: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.SketchQueriesRequest, _attribution_pb2.SketchQueriesResponse]
     """Sketches queries, so that the same may be asked about again at no model call."""
+    SketchGradients: _grpc.StreamUnaryMultiCallable[_attribution_pb2.SketchGradientsRequest, _attribution_pb2.SketchGradientsResponse]
+    """Sketches one query that comes as its gradients, in a stream of a header, pieces and an end. No model runs, and the
+    server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
+    (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
+    """
 
 @_typing.type_check_only
 class AttributionAsyncStub(AttributionStub):
@@ -89,6 +94,11 @@ class AttributionAsyncStub(AttributionStub):
     """
     SketchQueries: _aio.UnaryUnaryMultiCallable[_attribution_pb2.SketchQueriesRequest, _attribution_pb2.SketchQueriesResponse]  # type: ignore[assignment]
     """Sketches queries, so that the same may be asked about again at no model call."""
+    SketchGradients: _aio.StreamUnaryMultiCallable[_attribution_pb2.SketchGradientsRequest, _attribution_pb2.SketchGradientsResponse]  # type: ignore[assignment]
+    """Sketches one query that comes as its gradients, in a stream of a header, pieces and an end. No model runs, and the
+    server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
+    (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
+    """
 
 class AttributionServicer(metaclass=_abc_1.ABCMeta):
     """Answers which training examples shaped an answer, from indices that were built before.
@@ -156,5 +166,16 @@ class AttributionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_attribution_pb2.SketchQueriesResponse, _abc.Awaitable[_attribution_pb2.SketchQueriesResponse]]:
         """Sketches queries, so that the same may be asked about again at no model call."""
+
+    @_abc_1.abstractmethod
+    def SketchGradients(
+        self,
+        request_iterator: _MaybeAsyncIterator[_attribution_pb2.SketchGradientsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_attribution_pb2.SketchGradientsResponse, _abc.Awaitable[_attribution_pb2.SketchGradientsResponse]]:
+        """Sketches one query that comes as its gradients, in a stream of a header, pieces and an end. No model runs, and the
+        server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
+        (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
+        """
 
 def add_AttributionServicer_to_server(servicer: AttributionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

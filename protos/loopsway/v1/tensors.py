@@ -23,6 +23,7 @@ _DTYPES: dict[pb.DataType.ValueType, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
     pb.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+    pb.DATA_TYPE_INT64: np.dtype("<i8"),
 }
 _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 
@@ -31,7 +32,7 @@ def to_tensor(array: NDArray[Any]) -> pb.Tensor:
     """The message that holds the array; one copy of its bytes is made.
 
     Args:
-        array: float16, float32 or float64, of any memory layout and byte order, at most 8 dimensions.
+        array: float16, float32, float64 or int64, of any memory layout and byte order, at most 8 dimensions.
 
     Raises:
         ValueError: the array has another dtype or more dimensions.
@@ -39,7 +40,7 @@ def to_tensor(array: NDArray[Any]) -> pb.Tensor:
     dtype = array.dtype.newbyteorder("<")
     data_type = _DATA_TYPES.get(dtype)
     if data_type is None:
-        raise ValueError(f"array has dtype {array.dtype}, expected float16, float32 or float64: convert it first")
+        raise ValueError(f"array has dtype {array.dtype}, expected {_names(_DTYPES)}: convert it first")
     if array.ndim > MAX_DIMENSIONS:
         raise ValueError(f"array has {array.ndim} dimensions, expected at most {MAX_DIMENSIONS}")
     data = array.astype(dtype, copy=False).tobytes(order="C")

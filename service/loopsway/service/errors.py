@@ -4,11 +4,15 @@ RequestError
 ├── InvalidFieldError (ValueError)    wrong in itself
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
+├── StalledError (TimeoutError)       a stream's next message did not come
 ├── QueueFullError (RuntimeError)     too many requests are waiting
 └── UnavailableError (RuntimeError)   what the server needs for this is down, and will be up again
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class RequestError(Exception):
@@ -35,6 +39,10 @@ class PreconditionError(RequestError, RuntimeError):
     """The index, as it is served now, can't answer this."""
 
 
+class StalledError(RequestError, TimeoutError):
+    """A stream's next message did not come in time."""
+
+
 class QueueFullError(RequestError, RuntimeError):
     """The index has as many requests waiting as it admits.
 
@@ -57,3 +65,13 @@ class UnavailableError(RequestError, RuntimeError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+@contextmanager
+def in_field(outer: str) -> Iterator[None]:
+    """Names the fields of what is refused as fields of a message inside another."""
+    try:
+        yield
+    except RequestError as error:
+        error.field = f"{outer}.{error.field}" if error.field else outer
+        raise

@@ -1,7 +1,8 @@
 """The Attribution service: each method decodes, asks the engine, encodes. The only file that knows status codes.
 
 InvalidFieldError: INVALID_ARGUMENT. UnknownNameError: NOT_FOUND. PreconditionError: FAILED_PRECONDITION.
-QueueFullError: RESOURCE_EXHAUSTED with RetryInfo. Anything else is ours: INTERNAL, logged, nothing of it in the text.
+QueueFullError: RESOURCE_EXHAUSTED with RetryInfo. StalledError: DEADLINE_EXCEEDED. Anything else is ours: INTERNAL,
+logged, nothing of it in the text.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from loopsway.indexer import Index
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionServicer
+from loopsway.v1.tensors import to_tensor
 
-from . import decoding, encoding
+from . import decoding, encoding, gradients
 from .engine import Engine
 from .errors import (
     InvalidFieldError,
     PreconditionError,
     QueueFullError,
     RequestError,
+    StalledError,
     UnavailableError,
     UnknownNameError,
+    in_field,
 )
 from .settings import Settings
+from .streams import StreamPlaces, unstalled
 from .stretches import stretches
 
 _log = logging.getLogger(__name__)
@@ -46,6 +52,7 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    StalledError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 # An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
 MAX_TEXT_BYTES = 1000
@@ -62,6 +69,7 @@ class Servicer(AttributionServicer):
     def __init__(self, engines: Mapping[str, Engine], settings: Settings) -> None:
         self._engines = engines
         self._settings = settings
+        self._streams = StreamPlaces(settings)
 
     async def GetIndex(  # noqa: N802  # the proto's name
         self, request: pb.GetIndexRequest, context: Any
@@ -116,6 +124,11 @@ class Servicer(AttributionServicer):
         return await self._answer(
             "SketchQueries", request.index, len(request.queries), context, lambda: self._sketch_queries(request)
         )
+
+    async def SketchGradients(  # noqa: N802  # the proto's name
+        self, request_iterator: AsyncIterator[pb.SketchGradientsRequest], context: Any
+    ) -> pb.SketchGradientsResponse:
+        return await self._answer("SketchGradients", "", 1, context, lambda: self._sketch_gradients(request_iterator))
 
     async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
         engine, settings = self._engine(request.index), self._settings
@@ -179,6 +192,17 @@ class Servicer(AttributionServicer):
         engine = self._engine(request.index)
         queries = decoding.queries_from(request.queries, engine.index, self._settings)
         return self._fitting(encoding.sketches_response(await engine.sketches(queries), engine.index), "queries")
+
+    async def _sketch_gradients(self, requests: AsyncIterator[pb.SketchGradientsRequest]) -> pb.SketchGradientsResponse:
+        def index_of(name: str) -> Index:
+            with in_field("header"):
+                return self._engine(name).index
+
+        with self._streams.place():
+            timed = unstalled(aiter(requests), self._settings.stall_s)
+            index, values = await gradients.sketched(timed, index_of, self._settings)
+        sketch = pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(values))
+        return pb.SketchGradientsResponse(sketch=sketch, index=index.name)
 
     async def _described(self, engine: Engine) -> pb.Index:
         return await asyncio.to_thread(encoding.index_message, engine)

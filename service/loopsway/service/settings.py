@@ -19,6 +19,9 @@ class Settings:
         max_steps: of a query given as a sketch.
         max_example_ids: in one GetTrajectories.
         max_influencers: in one FindInfluences response, over all queries and rankings.
+        max_gradient_bytes: of one query that comes as gradients.
+        max_streams: of queries or gradients, over all indices; more are told to come back.
+        stall_s: seconds that a stream may let pass before its next message.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
         retry_after_s: seconds after which they are told to.
         batch_size: examples in one forward and backward of the model, of one request or several.
@@ -40,6 +43,9 @@ class Settings:
     max_steps: int = 1024
     max_example_ids: int = 10_000
     max_influencers: int = 200_000
+    max_gradient_bytes: int = 1 << 30
+    max_streams: int = 32
+    stall_s: float = 30.0
     max_waiting: int = 64
     retry_after_s: float = 1.0
     batch_size: int = 32

@@ -20,6 +20,7 @@ import torch
 
 from ..config import Approximation, Checkpoint, Loop, Resolve, SketchConfig
 from ..sketches.coding import rotate_back, standard_errors
+from ..sketches.gradient_sketcher import GradientSketcher
 from ..store.addresses import open_folder
 from ..store.folders import IndexDamagedError, LocalFolder
 from ..store.generation import ROW_AXES, Generation
@@ -85,6 +86,7 @@ class Index:
     ) -> None:
         self.folder = open_folder(path)
         self.name = name or self.folder.address.rpartition("/")[2].removesuffix(".index")
+        self._device = "cpu" if scan is None else str(scan.device)
         self.manifest = Manifest.read(self.folder, generation)
         self._check_files()
         self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
@@ -164,6 +166,15 @@ class Index:
     @property
     def created_at(self) -> str:
         return self.manifest.created_at
+
+    @cached_property
+    def gradient_sketcher(self) -> GradientSketcher:
+        """Sketches queries that come as gradients, on the device of the searches; its hashes are drawn once.
+
+        Raises:
+            GradientError: the index is optimizer-aware: its scales are in the task's checkpoints alone.
+        """
+        return GradientSketcher.without_model(self.parameters, self.checkpoints, self.config, device=self._device)
 
     @property
     def steps_without_gradient(self) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ class GradientSketcher:
         if config.optimizer_aware:
             raise GradientError(
                 "the index is optimizer-aware, and the second moments that scale its gradients are in the task's "
-                "checkpoints alone: load the index with its task"
+                "checkpoints alone: sketch where the task is (ExampleSketcher.gradient_sketcher) and send the sketch"
             )
         assert config.width is not None
         place, hashes = torch.device(device), {}

@@ -1,0 +1,138 @@
+"""One query's gradients off a stream: checked against what was declared, sketched as they come, and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopsway.indexer import GradientError, GradientSketch, Index
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.tensors import from_tensor
+from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, RowGradient
+
+from .errors import InvalidFieldError, PreconditionError
+from .settings import Settings
+
+
+async def sketched(
+    requests: AsyncIterator[pb.SketchGradientsRequest], index_of: Callable[[str], Index], settings: Settings
+) -> tuple[Index, NDArray[np.float32]]:
+    """The index that was asked for, and the query's sketch.
+
+    Args:
+        requests: the stream.
+        index_of: the index of a name.
+        settings: the limits.
+
+    Raises:
+        RequestError: the stream is none of an allowed query's gradients.
+    """
+    first = await anext(requests, None)
+    if first is None or first.WhichOneof("part") != "header":
+        raise InvalidFieldError("the stream does not begin with its header", field="header")
+    _check_header(first.header, settings)
+    index = index_of(first.header.index)
+    try:
+        sketch = await asyncio.to_thread(lambda: index.gradient_sketcher.begin(first.header.step_count))
+    except GradientError as error:
+        raise PreconditionError(f"index {index.name} takes no gradients: {error}", field="header.index") from error
+    stream = _Received(first.header.total_bytes, sketch)
+    async for request in requests:
+        match request.WhichOneof("part"):
+            case "piece":
+                await asyncio.to_thread(stream.add, request.piece)
+            case "end":
+                return index, await asyncio.to_thread(stream.finish, request.end)
+            case _:
+                raise InvalidFieldError("expected a piece or the end after the header", field="part")
+    raise InvalidFieldError(
+        f"the stream was cut off after {stream.num_bytes} of {first.header.total_bytes} bytes, without its end",
+        field="end",
+    )
+
+
+class _Received:
+    """What came so far."""
+
+    def __init__(self, total_bytes: int, sketch: GradientSketch) -> None:
+        self.num_bytes, self._total_bytes = 0, total_bytes
+        self._sketch, self._digest = sketch, hashlib.sha256()
+
+    def add(self, message: pb.GradientPiece) -> None:
+        form = message.WhichOneof("form")
+        if form is None:
+            raise InvalidFieldError("the piece is empty, expected dense, factors or rows", field="piece")
+        field = f"piece.{form}"
+        tensors: list[pb.Tensor] = [tensor for _, tensor in getattr(message, form).ListFields()
+                                    if isinstance(tensor, pb.Tensor)]  # fmt: skip
+        self.num_bytes += sum(len(tensor.data) for tensor in tensors)
+        if self.num_bytes > self._total_bytes:
+            raise InvalidFieldError(
+                f"the pieces so far have {self.num_bytes} bytes, the header declared {self._total_bytes}", field=field
+            )
+        for tensor in tensors:  # in the order of their fields' numbers, as ListFields promises
+            self._digest.update(tensor.data)
+        try:
+            self._sketch.add(_piece(message, form))
+        except GradientError as error:
+            raise InvalidFieldError(str(error), field=field) from error
+
+    def finish(self, end: pb.GradientEnd) -> NDArray[np.float32]:
+        if self.num_bytes != self._total_bytes:
+            raise InvalidFieldError(
+                f"{self.num_bytes} bytes came, the header declared {self._total_bytes}", field="header.total_bytes"
+            )
+        if end.sha256 != self._digest.digest():
+            raise InvalidFieldError(
+                f"the SHA-256 of what came is {self._digest.hexdigest()}, the end says {end.sha256.hex() or 'nothing'}",
+                field="end.sha256",
+            )
+        try:
+            return self._sketch.finish()
+        except GradientError as error:
+            raise InvalidFieldError(str(error), field="piece") from error
+
+
+def _check_header(header: pb.GradientHeader, settings: Settings) -> None:
+    if not 1 <= header.step_count <= settings.max_steps:
+        raise InvalidFieldError(
+            f"step_count is {header.step_count}, expected 1 to {settings.max_steps}", field="header.step_count"
+        )
+    if not 1 <= header.total_bytes <= settings.max_gradient_bytes:
+        raise InvalidFieldError(
+            f"the gradients are {header.total_bytes} bytes, expected 1 to {settings.max_gradient_bytes} of one query: "
+            "send factors instead of entries, or half precision; or sketch them where they are",
+            field="header.total_bytes",
+        )
+
+
+def _piece(message: pb.GradientPiece, form: str) -> GradientPiece:
+    where: dict[str, Any] = {
+        "checkpoint": message.checkpoint,
+        "parameter": message.parameter,
+        "step": message.step,
+    }
+    match form:
+        case "dense":
+            values = _array(message.dense.values, "piece.dense.values")
+            return DenseGradient(**where, values=values, start=message.dense.start)
+        case "factors":
+            left = _array(message.factors.output_gradients, "piece.factors.output_gradients")
+            return FactoredGradient(
+                **where, output_gradients=left, inputs=_array(message.factors.inputs, "piece.factors.inputs")
+            )
+        case _:
+            rows = _array(message.rows.rows, "piece.rows.rows")
+            return RowGradient(**where, rows=rows, values=_array(message.rows.values, "piece.rows.values"))
+
+
+def _array(tensor: pb.Tensor, field: str) -> NDArray[Any]:
+    try:
+        return from_tensor(tensor)
+    except ValueError as error:
+        raise InvalidFieldError(str(error), field=field) from error
