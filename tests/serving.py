@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from loopsway.indexer import SketchConfig
-from loopsway.service import Engine, Server, Settings, Source, create_server
+from loopsway.service import Engine, IndexSettings, Server, Settings, create_server
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 
 TASK_FILE = Path(__file__).with_name("service") / "tiny_task.py"
@@ -102,13 +102,13 @@ def assert_alike(answers: list[Any], expected: list[Any]) -> None:
 
 
 @contextmanager
-def running(sources: list[Source], settings: Settings) -> Iterator[tuple[Server, int]]:
+def running(settings: Settings) -> Iterator[tuple[Server, int]]:
     """Runs a server in a thread with an event loop of its own; gives it and its port once it is SERVING."""
     started: Future[tuple[Server, int]] = Future()
     loop, stopping = asyncio.new_event_loop(), asyncio.Event()
 
     async def run() -> None:
-        server, port = create_server(sources, settings)
+        server, port = create_server(settings)
         try:
             await server.start()
             started.set_result((server, port))
@@ -136,7 +136,12 @@ def running(sources: list[Source], settings: Settings) -> Iterator[tuple[Server,
         assert not thread.is_alive()
 
 
-def source_of(path: Path, gate: Gate | None = None, **changes: Any) -> Source:
+def asked_for(path: Path, gate: Gate | None = None) -> IndexSettings:
     """How the small index is served, with its model, which can be held at the gate."""
-    arguments = {} if gate is None else {"gate": str(gate.folder)}
-    return Source(path=path, **{"task_spec": TASK_SPEC, "task_arguments": arguments} | changes)
+    return IndexSettings(
+        path=str(path), task=TASK_SPEC, task_arguments=None if gate is None else {"gate": str(gate.folder)}
+    )
+
+
+def without_model(path: Path) -> IndexSettings:
+    return IndexSettings(path=str(path), model=False)

@@ -44,3 +44,19 @@ def test_a_taken_port_is_one_line(tiny_index: Path) -> None:
         done = run("serve", "--index", tiny_index, "--no-model", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 1
     assert "Error: can't listen on 127.0.0.1:" in done.stderr
+
+
+def test_the_settings_can_be_checked_without_serving(tiny_index: Path, tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(f"indices = ['{tiny_index}']\nport = 0\n")
+    result = invoke(["serve", "--config", file, "--check-config"])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "the settings are good")
+    file.write_text(f"indices = ['{tmp_path / 'none.index'}']\n")
+    result = invoke(["serve", "--config", file, "--check-config"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: there is no index at")
+    file.write_text("porrt = 1\n")
+    result = invoke(["serve", "--config", file, "--check-config"])
+    assert result.exit_code == 2
+    assert "porrt is no setting" in result.stderr
+    assert invoke(["serve", "--config", tmp_path / "none.toml"]).exit_code == 2

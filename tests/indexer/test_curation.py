@@ -273,12 +273,13 @@ def test_examples_are_queries_as_json_and_by_id(index: Index, tmp_path: Path) ->
 
 
 def test_a_query_without_a_finite_gradient_is_named(index: Index) -> None:
-    task = task_of()
+    task, models = task_of(), list[Any]()
+    load = task.model
+    task.model = lambda checkpoint: (models.append(load(checkpoint)), models[-1])[1]
     sketcher = ExampleSketcher(task, index.config)
     sketcher.sketch(task.examples()[:2])
-    for model in sketcher._models:
-        head: Any = model.head
-        head.weight.data[:] = torch.inf
+    for model in models:
+        model.head.weight.data[:] = torch.inf
     queries = ExampleQueries(sketcher, task.examples(), ["first", "second"], "")
     with pytest.raises(ValueError, match=r"query first, second has no sketch: .*; leave it out"):
         queries.sketches(range(2))

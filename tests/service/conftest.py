@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from loopsway.indexer import ExampleSketcher, Index, build_index, load_task, open_index
-from loopsway.service import Settings, Source
+from loopsway.service import Settings
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import CONFIG, QUERIES, TASK_SPEC, Gate, Served, running, source_of
+from serving import CONFIG, QUERIES, TASK_SPEC, Gate, Served, asked_for, running, without_model
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +48,9 @@ def serve(index_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
         def start(*, path: Path = index_path, model: bool = True, **limits: Any) -> Served:
             gate = Gate(tmp_path_factory.mktemp("gate"))
-            source = source_of(path, gate) if model else Source(path=path, model=False)
-            settings = Settings(**{"port": 0, "grace_s": 1.0, "batch_size": 8} | limits)
-            server, port = stack.enter_context(running([source], settings))
+            asked = asked_for(path, gate) if model else without_model(path)
+            settings = Settings(indices=(asked,), **{"port": 0, "grace_s": 1.0, "batch_size": 8} | limits)
+            server, port = stack.enter_context(running(settings))
             target = f"127.0.0.1:{port}"
             channel = stack.enter_context(grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]))
             return Served(target=target, stub=AttributionStub(channel), channel=channel, server=server, gate=gate)

@@ -16,11 +16,10 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from loopsway.service import Source
 from loopsway.service.loading import load_engine
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, assert_alike, wait_for
+from serving import QUERIES, Served, assert_alike, wait_for, without_model
 
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=3)
 
@@ -82,7 +81,7 @@ def test_a_request_cancelled_in_the_model_costs_no_further_checkpoint(held: tupl
 
 
 async def test_cancelled_work_of_a_search_ends_at_its_next_part(index_path: Path) -> None:
-    engine = load_engine(Source(path=index_path, model=False))
+    engine = load_engine(without_model(index_path))
     begun, ended = threading.Event(), threading.Event()
 
     def work(go_on: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task, open_index
 from loopsway.indexer.store.folders import LocalFolder
 from loopsway.indexer.store.sealed import read_sealed, write_sealed
-from loopsway.service import LoadError, Settings, Source
+from loopsway.service import IndexSettings, LoadError, Settings
 from loopsway.service.loading import load_engine
 from loopsway.service.worker import ModelWorker
 from serving import CONFIG, TASK_SPEC
@@ -27,9 +27,9 @@ async def worker() -> AsyncIterator[ModelWorker]:
     await worker.stop()
 
 
-async def load(worker: ModelWorker, **source: Any) -> None:
+async def load(worker: ModelWorker, path: Path, task: str, task_arguments: dict[str, Any] | None = None) -> None:
     """As a server does at its start."""
-    engine = load_engine(Source(**source))
+    engine = load_engine(IndexSettings(path=str(path), task=task, task_arguments=task_arguments))
     try:
         await engine.warm_up(worker)
     finally:
@@ -38,7 +38,7 @@ async def load(worker: ModelWorker, **source: Any) -> None:
 
 def test_the_task_that_an_index_names_does_not_run_unasked(index_path: Path) -> None:
     with pytest.raises(LoadError, match=r"names the task .*tiny_task.py:TinyTask, which is not one of Loopsway's own"):
-        load_engine(Source(path=index_path))
+        load_engine(IndexSettings(path=str(index_path)))
 
 
 def test_a_path_that_poses_as_a_shipped_task_does_not_run(index_path: Path, tmp_path: Path) -> None:
@@ -47,44 +47,44 @@ def test_a_path_that_poses_as_a_shipped_task_does_not_run(index_path: Path, tmp_
     manifest["parts"][0]["plan"]["task_spec"] = f"loopsway.tasks./../{TASK_SPEC}"
     write_sealed(LocalFolder(copy), "manifest.json", manifest)
     with pytest.raises(LoadError, match="not one of Loopsway's own"):
-        load_engine(Source(path=copy))
+        load_engine(IndexSettings(path=str(copy)))
 
 
 def test_a_task_named_by_hand_runs(index_path: Path) -> None:
-    engine = load_engine(Source(path=index_path, task_spec=TASK_SPEC))
+    engine = load_engine(IndexSettings(path=str(index_path), task=TASK_SPEC))
     assert engine.accepts_examples
     engine.close()
 
 
 def test_without_its_model_an_index_runs_no_task(index_path: Path) -> None:
-    engine = load_engine(Source(path=index_path, model=False))
+    engine = load_engine(IndexSettings(path=str(index_path), model=False))
     assert not engine.accepts_examples
     engine.close()
     with pytest.raises(LoadError, match="drop one"):
-        Source(path=index_path, task_spec=TASK_SPEC, model=False)
+        load_engine(IndexSettings(path=str(index_path), task=TASK_SPEC, model=False))
 
 
 def test_an_index_is_opened_on_the_device_that_its_model_is_on(index_path: Path) -> None:
     with pytest.raises(ValueError, match="device 'gpu' can't be used"):
-        load_engine(Source(path=index_path, model=False, device="gpu"))
+        load_engine(IndexSettings(path=str(index_path), model=False, device="gpu"))
 
 
 def test_an_index_that_names_no_task_asks_for_one(tmp_path: Path) -> None:
     build_index(load_task(TASK_SPEC), tmp_path / "nameless.index", CONFIG, progress=False)
     with pytest.raises(LoadError, match="names no task: give --task"):
-        load_engine(Source(path=tmp_path / "nameless.index"))
+        load_engine(IndexSettings(path=str(tmp_path / "nameless.index")))
 
 
 async def test_a_model_of_other_checkpoints_is_refused_naming_both_fingerprints(
     index_path: Path, worker: ModelWorker
 ) -> None:
     with pytest.raises(LoadError, match="other checkpoints") as caught:
-        await load(worker, path=index_path, task_spec=TASK_SPEC, task_arguments={"learning_rate": 0.2})
+        await load(worker, index_path, TASK_SPEC, {"learning_rate": 0.2})
     assert str(caught.value).count("fingerprint") == 1
     assert open_index(index_path).fingerprint in str(caught.value)
-    await load(worker, path=index_path, task_spec=TASK_SPEC, task_arguments={"learning_rate": 0.1})
+    await load(worker, index_path, TASK_SPEC, {"learning_rate": 0.1})
     with pytest.raises(LoadError, match="does not take the arguments"):
-        await load(worker, path=index_path, task_spec=TASK_SPEC, task_arguments={"unheard": 1})
+        await load(worker, index_path, TASK_SPEC, {"unheard": 1})
     assert worker.num_starts == 1
 
 
@@ -109,10 +109,10 @@ async def test_weights_that_changed_since_the_build_are_refused(tmp_path: Path, 
     save_file(model.state_dict(), weights)
     path, spec = tmp_path / "tiny.index", f"{task_file}:FromFile"
     build_index(load_task(spec), path, CONFIG, progress=False)
-    await load(worker, path=path, task_spec=spec)
+    await load(worker, path, spec)
     save_file({name: value + 1 for name, value in model.state_dict().items()}, weights)
     with pytest.raises(LoadError, match=r"weights of checkpoint only of task .* are not those"):
-        await load(worker, path=path, task_spec=spec)
+        await load(worker, path, spec)
 
 
 async def test_the_arguments_of_the_build_are_used_again(tmp_path: Path, worker: ModelWorker) -> None:
@@ -120,21 +120,21 @@ async def test_the_arguments_of_the_build_are_used_again(tmp_path: Path, worker:
     task = load_task(TASK_SPEC, arguments)
     path = tmp_path / "tiny.index"
     build_index(task, path, SketchConfig(width=64), task_spec=TASK_SPEC, task_arguments=arguments, progress=False)
-    await load(worker, path=path, task_spec=TASK_SPEC)
+    await load(worker, path, TASK_SPEC)
 
 
 def test_no_index_is_a_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(IndexNotFoundError):
-        load_engine(Source(path=tmp_path / "none.index"))
+        load_engine(IndexSettings(path=str(tmp_path / "none.index")))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"port": 65536}, "port is 65536, expected 0 to 65535"),
-        ({"max_k": 0}, "max_k is 0, expected a number > 0"),
-        ({"max_waiting": -1}, "max_waiting is -1, expected a number >= 0"),
-        ({"grace_s": -0.5}, "grace_s is -0.5, expected a number >= 0"),
+        ({"port": 65536}, "port is 65536, expected less than or equal to 65535"),
+        ({"max_k": 0}, "max_k is 0, expected greater than 0"),
+        ({"max_waiting": -1}, "max_waiting is -1, expected greater than or equal to 0"),
+        ({"grace_s": -0.5}, "grace_s is -0.5, expected greater than or equal to 0"),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:

@@ -19,10 +19,10 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from loopsway.service import Settings, Source, create_server
+from loopsway.service import Settings, create_server
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, TASK_SPEC, Served
+from serving import QUERIES, TASK_SPEC, Served, without_model
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -30,11 +30,11 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 CHILD = """
 import sys
 from pathlib import Path
-from loopsway.service import Settings, Source, serve
+from loopsway.service import Settings, serve
 
 index, task, folder = sys.argv[1:]
-source = Source(path=index, task_spec=task, task_arguments={"gate": folder})
-serve([source], Settings(port=0, grace_s=30), ready_file=Path(folder, "ready.json"))
+asked = {"path": index, "task": task, "task_arguments": {"gate": folder}}
+serve(Settings(indices=[asked], port=0, grace_s=30), ready_file=Path(folder, "ready.json"))
 print("ended", flush=True)
 """
 
@@ -64,28 +64,27 @@ def test_reflection_lists_the_service_and_gives_its_proto(served: Served) -> Non
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
 def test_an_address_that_others_reach_is_refused_unless_asked_for(index_path: Path, host: str) -> None:
     with pytest.raises(ValueError, match=f"host {host} is not loopback"):
-        create_server([Source(path=index_path, model=False)], Settings(host=host, port=0))
+        create_server(Settings(indices=(without_model(index_path),), host=host, port=0))
 
 
 async def test_an_insecure_bind_is_possible_when_asked_for(index_path: Path) -> None:
-    settings = Settings(host="0.0.0.0", port=0, insecure_bind=True, grace_s=0)
-    server, port = create_server([Source(path=index_path, model=False)], settings)
+    settings = Settings(indices=(without_model(index_path),), host="0.0.0.0", port=0, insecure_bind=True, grace_s=0)
+    server, port = create_server(settings)
     assert port > 0
     await server.stop()
 
 
 async def test_a_taken_port_is_an_error_that_names_it(index_path: Path, served: Served) -> None:
-    settings = Settings(port=int(served.target.rpartition(":")[2]))
+    settings = Settings(indices=(without_model(index_path),), port=int(served.target.rpartition(":")[2]))
     with pytest.raises(OSError, match=f"can't listen on {served.target}: the port is taken"):
-        create_server([Source(path=index_path, model=False)], settings)
+        create_server(settings)
 
 
 def test_two_indices_of_one_name_are_refused(index_path: Path) -> None:
-    source = Source(path=index_path, model=False)
     with pytest.raises(ValueError, match="two indices are named tiny: give one another name, as NAME=PATH"):
-        create_server([source, source])
+        create_server(Settings(indices=[without_model(index_path)] * 2))
     with pytest.raises(ValueError, match="no indices to serve"):
-        create_server([])
+        create_server(Settings())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .failure import in_one_line, needs
 from .tasks import task_options
 
+if TYPE_CHECKING:
+    from loopsway.service import Settings
+
 
 @click.command(short_help="Serve indices over gRPC.")
 @click.option(
-    "--index",
-    "indices",
-    multiple=True,
-    required=True,
-    metavar="[NAME=]PATH",
-    help="An index, called NAME by requests, or as its folder; may be repeated.",
+    "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="TOML with any of the settings."
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=50051, show_default=True, help="0 picks a free one.")
+@click.option("--check-config", is_flag=True, help="Check the settings and all files they name, and serve nothing.")
+@click.option("--index", "indices", multiple=True, metavar="[NAME=]PATH", help="An index; may be repeated.")
+@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="0 picks a free one.  [default: 50051]")
 @task_options(required=False, help="The indices' task, where they name none that ships with Loopsway.")
 @click.option("--no-model", is_flag=True, help="Run no task: answer queries given as sketches alone.")
-@click.option("--device", default="cpu", show_default=True, help="A torch device for model and searches.")
-@click.option("--insecure-bind", is_flag=True, help="Allow a --host that others reach, without TLS or passwords.")
+@click.option("--device", help="A torch device for model and searches.  [default: cpu]")
+@click.option(
+    "--insecure-bind", is_flag=True, default=None, help="Allow a --host that others reach, without TLS or tokens."
+)
 @click.option(
     "--ready-file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -33,42 +36,54 @@ from .tasks import task_options
     help='Written once the server answers: JSON with "port" and "pid"; removed at the end.',
 )
 def serve(
+    config: Path | None,
+    check_config: bool,
     indices: tuple[str, ...],
-    host: str,
-    port: int,
     task: str | None,
     task_arg: dict[str, Any],
     no_model: bool,
-    device: str,
-    insecure_bind: bool,
+    device: str | None,
     ready_file: Path | None,
+    **flags: Any,
 ) -> None:
     """Serves indices until Ctrl-C or SIGTERM, then lets running requests finish.
 
     The task that an index names runs only when it is one of Loopsway's own, or is named with --task.
+
+    Every setting can be given in the --config file, or in a variable LOOPSWAY_NAME, which goes before the file; flags
+    go before both.
     """
     with needs("serving needs the service", "service,cpu"):
         from loopsway import service
+    of_index = {"task": task, "task_arguments": task_arg or None, "model": False if no_model else None}
+    given = {name: value for name, value in {**of_index, "device": device}.items() if value is not None}
     try:
-        settings = service.Settings(host=host, port=port, insecure_bind=insecure_bind)
-    except ValueError as error:
+        settings = service.read_settings(_given(flags, indices), file=config)
+        settings = settings.with_index_settings(given)
+    except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
+    if not settings.indices:
+        raise click.UsageError("no index to serve: give --index PATH, or `indices` in a --config file")
+    if check_config:
+        _check(settings)
+        return
     with in_one_line(), needs("serving needs the service", "service,cpu"):
-        sources = [
-            service.Source(
-                name=name,
-                path=path,
-                task_spec=task,
-                task_arguments=task_arg or None,
-                model=not no_model,
-                device=device,
-            )
-            for name, path in map(_named, indices)
-        ]
-        service.serve(sources, settings, ready_file=ready_file)
+        service.serve(settings, ready_file=ready_file)
 
 
-def _named(index: str) -> tuple[str | None, str]:
-    """NAME=PATH, or a path alone, which may have an "=" in a folder's name."""
-    name, is_named, path = index.partition("=")
-    return (name, path) if is_named and name and "/" not in name else (None, index)
+def _given(flags: dict[str, Any], indices: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that flags give."""
+    return {name: value for name, value in {**flags, "indices": indices or None}.items() if value is not None}
+
+
+def _check(settings: Settings) -> None:
+    from loopsway import service
+
+    try:
+        lines = service.check_settings(settings)
+    except (ValueError, OSError, LookupError) as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    for line in lines:
+        click.echo(line)
+    click.echo("the settings are good")

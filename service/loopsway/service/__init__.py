@@ -1,15 +1,28 @@
 """The gRPC service: indices, each with its task's model, that answer over the network.
 
-A `Source` says where an index is, `serve` serves several until it is told to stop.
+`serve` serves the indices that `Settings` name until it is told to stop.
 """
 
 from __future__ import annotations
 
 from loopsway.indexer import LoadError
 
+from .checks import check_settings
 from .engine import Engine
-from .loading import Source
+from .faults import SettingsError
 from .server import Server, create_server, serve
-from .settings import Settings
+from .settings import IndexSettings, Settings
+from .sources import read_settings
 
-__all__ = ["Engine", "LoadError", "Server", "Settings", "Source", "create_server", "serve"]
+__all__ = [
+    "Engine",
+    "IndexSettings",
+    "LoadError",
+    "Server",
+    "Settings",
+    "SettingsError",
+    "check_settings",
+    "create_server",
+    "read_settings",
+    "serve",
+]

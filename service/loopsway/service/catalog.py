@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ from loopsway.indexer.store.manifest import MANIFEST
 
 from .engine import Engine
 from .errors import UnavailableError
-from .loading import Source, load_engine
-from .settings import Settings
+from .loading import load_engine
+from .settings import IndexSettings, Settings
 from .worker import ModelWorker
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class _Served:
         manifest: digest of the manifest that was last looked at, served or refused; "" to look again.
     """
 
-    source: Source
+    asked: IndexSettings
     engine: Engine
     manifest: str
 
@@ -47,17 +47,17 @@ class Catalog(Mapping[str, Engine]):
         LoadError, FileNotFoundError, ValueError: as `load_engine`; or two indices have one name.
     """
 
-    def __init__(self, sources: Sequence[Source], settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings, self._served = settings, dict[str, _Served]()
-        if not sources:
+        if not settings.indices:
             raise ValueError("no indices to serve; give at least one")
-        for source in sources:
-            manifest = _manifest_digest(source)  # before it is opened: what is published meanwhile is seen later
-            engine = load_engine(source, settings)
+        for asked in settings.indices:
+            manifest = _manifest_digest(asked)  # before it is opened: what is published meanwhile is seen later
+            engine = load_engine(asked, settings)
             if engine.name in self._served:
                 raise ValueError(f"two indices are named {engine.name}: give one another name, as NAME=PATH")
-            self._served[engine.name] = _Served(source=source, engine=engine, manifest=manifest)
-        self.worker = ModelWorker(settings, sources[0].device)
+            self._served[engine.name] = _Served(asked=asked, engine=engine, manifest=manifest)
+        self.worker = ModelWorker(settings, settings.indices[0].device)
         self._is_asked = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
@@ -102,12 +102,12 @@ class Catalog(Mapping[str, Engine]):
 
     async def _refresh(self, name: str) -> None:
         served = self._served[name]
-        manifest = await asyncio.to_thread(_manifest_digest, served.source)
+        manifest = await asyncio.to_thread(_manifest_digest, served.asked)
         if manifest == served.manifest:
             return
         served.manifest = manifest
         try:
-            engine = await self._opened(served.source)
+            engine = await self._opened(served.asked)
         except Exception as error:
             if isinstance(error, StorageError | UnavailableError):  # not its fault: look again the next time
                 served.manifest = ""
@@ -118,14 +118,14 @@ class Catalog(Mapping[str, Engine]):
                   served.engine.index.generation)  # fmt: skip
         served.engine = engine  # the old one closes when the last request lets it go
 
-    async def _opened(self, source: Source) -> Engine:
-        engine = await asyncio.to_thread(load_engine, source, self._settings)
+    async def _opened(self, asked: IndexSettings) -> Engine:
+        engine = await asyncio.to_thread(load_engine, asked, self._settings)
         await engine.warm_up(self.worker)
         return engine
 
 
-def _manifest_digest(source: Source) -> str:
+def _manifest_digest(asked: IndexSettings) -> str:
     try:
-        return hashlib.sha256(open_folder(source.path).read(MANIFEST)).hexdigest()
+        return hashlib.sha256(open_folder(asked.path).read(MANIFEST)).hexdigest()
     except FileNotFoundError:
         return "none"  # being replaced, or gone: to open it says which

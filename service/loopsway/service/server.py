@@ -6,7 +6,6 @@ A server is SERVING, by gRPC's health protocol, once every index has answered a 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -22,7 +21,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
 
 from .catalog import Catalog
-from .loading import Source
+from .checks import check_exposure
 from .servicer import Servicer
 from .settings import Settings
 
@@ -34,8 +33,8 @@ _log = logging.getLogger(__name__)
 class Server:
     """A bound server; `start` makes it answer, `stop` ends it. Made by `create_server`."""
 
-    def __init__(self, sources: Sequence[Source], settings: Settings) -> None:
-        self.catalog, self._settings = Catalog(sources, settings), settings
+    def __init__(self, settings: Settings) -> None:
+        self.catalog, self._settings = Catalog(settings), settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
         self._grpc = grpc.aio.server(
             options=[
@@ -82,7 +81,7 @@ class Server:
             await self._health.set(name, status)
 
 
-def create_server(sources: Sequence[Source], settings: Settings | None = None) -> tuple[Server, int]:
+def create_server(settings: Settings) -> tuple[Server, int]:
     """A server, bound but not yet answering, and its port. Call it within the event loop that will run it.
 
     Raises:
@@ -91,24 +90,18 @@ def create_server(sources: Sequence[Source], settings: Settings | None = None) -
         ValueError: an index is damaged, two indices share a name, or the host would expose the server.
         OSError: the port can't be had.
     """
-    settings = settings or Settings()
-    if not settings.insecure_bind and not _is_loopback(settings.host):
-        raise ValueError(
-            f"host {settings.host} is not loopback, and without TLS everybody who reaches it could ask: use 127.0.0.1 "
-            "(and a tunnel or proxy in front), or set insecure_bind if the network is trusted"
-        )
-    server = Server(sources, settings)
+    check_exposure(settings)
+    server = Server(settings)
     return server, server.bind()
 
 
-def serve(sources: Sequence[Source], settings: Settings | None = None, *, ready_file: Path | None = None) -> None:
+def serve(settings: Settings, *, ready_file: Path | None = None) -> None:
     """Serves the indices until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
 
     SIGHUP looks for new generations at once.
 
     Args:
-        sources: the indices.
-        settings: the limits and the address.
+        settings: the indices, the limits and the address.
         ready_file: is written, whole, once the server is SERVING: JSON with "port" and "pid"; removed at the end.
             A file that is there already is removed first.
 
@@ -118,11 +111,11 @@ def serve(sources: Sequence[Source], settings: Settings | None = None, *, ready_
     """
     # Nothing changes where the caller has set logging up.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(_serve(sources, settings or Settings(), ready_file))
+    asyncio.run(_serve(settings, ready_file))
 
 
-async def _serve(sources: Sequence[Source], settings: Settings, ready_file: Path | None) -> None:
-    server, port = create_server(sources, settings)
+async def _serve(settings: Settings, ready_file: Path | None) -> None:
+    server, port = create_server(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -154,12 +147,3 @@ async def _start_unless(server: Server, stopping: asyncio.Event) -> None:
         starting.result()
     else:
         starting.cancel()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

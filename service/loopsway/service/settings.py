@@ -1,15 +1,62 @@
-"""The limits that a server works within, and where it listens."""
+"""The limits that a server works within, what it serves, and where it listens. sources.py reads them from outside."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .faults import settings_error
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What whoever runs a server may vary; every default is safe on one's own machine.
+class Table(BaseModel):
+    """A part of the settings that is a table in the file."""
+
+    # What is refused may be a secret that was pasted into the wrong place.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class IndexSettings(Table):
+    """An index to serve; a path alone, or "NAME=PATH", stands for one with defaults.
 
     Attributes:
+        path: its folder or URL.
+        name: that requests call it by. None: as its folder.
+        task: the task to run, as `path/to/file.py:Class`. None: the one that the index names.
+        task_arguments: for the task's constructor. None: those that the index was built with.
+        model: False to run no task at all and answer sketches only.
+        device: a torch device name, for the model and the searches.
+    """
+
+    path: str
+    name: str | None = None
+    task: str | None = None
+    task_arguments: dict[str, Any] | None = None
+    model: bool = True
+    device: str = "cpu"
+
+
+def _index(value: Any) -> Any:
+    """A path, or NAME=PATH; a path may have an "=" in it."""
+    if not isinstance(value, str):
+        return value
+    name, _, path = value.partition("=")
+    return {"name": name, "path": path} if name and path and "/" not in name else {"path": value}
+
+
+class Settings(BaseSettings):
+    """What whoever runs a server may vary; every default is safe on one's own machine.
+
+    Made from its arguments alone; `read_settings` asks a file and the environment too.
+
+    Attributes:
+        indices: what `loopsway serve` serves.
         host: address to listen on. Anything but loopback needs `insecure_bind`, as there is no TLS yet.
         port: 0 lets the system pick a free one.
         insecure_bind: listen on `host` even when it is not loopback: everybody who reaches it may ask.
@@ -28,41 +75,52 @@ class Settings:
         batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
             the one before it ran.
         model_bytes: of all models' weights in memory; the checkpoints that were not used for longest leave, and are
-            loaded again when they are needed. 0: half of the device's free memory.
+            loaded again when they are needed. None: half of the device's free memory.
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 50051
-    insecure_bind: bool = False
-    max_message_bytes: int = 64 << 20
-    max_queries: int = 64
-    max_k: int = 1000
-    max_steps: int = 1024
-    max_example_ids: int = 10_000
-    max_influencers: int = 200_000
-    max_gradient_bytes: int = 1 << 30
-    max_streams: int = 32
-    stall_s: float = 30.0
-    max_waiting: int = 64
-    retry_after_s: float = 1.0
-    batch_size: int = 32
-    batch_delay_s: float = 0.0
-    model_bytes: int = 0
-    reload_poll_s: float = 5.0
-    search_threads: int = 2
-    grace_s: float = 10.0
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        env_prefix="LOOPSWAY_",
+        env_nested_delimiter="__",
+    )
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"port is {self.port}, expected 0 to 65535 (0: any free one)")
-        may_be_zero = {"port", "max_waiting", "batch_delay_s", "grace_s", "model_bytes", "reload_poll_s"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str | bool) or (field.name in may_be_zero and value >= 0):
-                continue
-            if value <= 0:
-                bound = ">= 0" if field.name in may_be_zero else "> 0"
-                raise ValueError(f"{field.name} is {value}, expected a number {bound}")
+    indices: tuple[Annotated[IndexSettings, BeforeValidator(_index)], ...] = ()
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    insecure_bind: bool = False
+    max_message_bytes: Positive = 64 << 20
+    max_queries: Positive = 64
+    max_k: Positive = 1000
+    max_steps: Positive = 1024
+    max_example_ids: Positive = 10_000
+    max_influencers: Positive = 200_000
+    max_gradient_bytes: Positive = 1 << 30
+    max_streams: Positive = 32
+    stall_s: PositiveSeconds = 30.0
+    max_waiting: NotNegative = 64
+    retry_after_s: PositiveSeconds = 1.0
+    batch_size: Positive = 32
+    batch_delay_s: Seconds = 0.0
+    model_bytes: Positive | None = None
+    reload_poll_s: Seconds = 5.0
+    search_threads: Positive = 2
+    grace_s: Seconds = 10.0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise settings_error(error, Settings) from None  # the cause would show values
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_args: Any, **_others: Any) -> Any:
+        return (init_settings,)
+
+    def with_index_settings(self, given: dict[str, Any]) -> Settings:
+        """These settings with some of `IndexSettings` set for every index."""
+        return self.model_copy(update={"indices": tuple(each.model_copy(update=given) for each in self.indices)})

@@ -122,7 +122,7 @@ class ModelWorker:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> _Life:
-        life = await _Life.begin(self._device, self._settings.model_bytes or None)
+        life = await _Life.begin(self._device, self._settings.model_bytes)
         self.num_starts += 1
         try:
             for key in list(self._loads):

@@ -1,0 +1,59 @@
+"""What settings say before anything is served: who could reach the server, and whether its files are good."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from loopsway.indexer import open_index
+
+from .faults import SettingsError
+from .settings import Settings
+
+
+def check_settings(settings: Settings) -> list[str]:
+    """Reads everything that the server would, without serving; runs no task.
+
+    Returns:
+        A line for each thing found good.
+
+    Raises:
+        ValueError: something is not.
+        OSError: a file can't be read.
+        LookupError: an index is not there.
+    """
+    if not settings.indices:
+        raise SettingsError("indices is empty; name at least one index to serve")
+    check_exposure(settings)
+    lines: list[str] = []
+    names: dict[str, str] = {}
+    for asked in settings.indices:
+        index = open_index(asked.path, name=asked.name)
+        if index.name in names:
+            raise SettingsError(
+                f"{names[index.name]} and {asked.path} are both named {index.name}; give one another name, as NAME=PATH"
+            )
+        names[index.name] = asked.path
+        lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}")
+    return lines
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuses to listen where others reach a server that lets everybody ask.
+
+    Raises:
+        SettingsError: the host is not loopback, and nothing protects the server.
+    """
+    if not settings.insecure_bind and not is_loopback(settings.host):
+        raise SettingsError(
+            f"host {settings.host} is not loopback, and without TLS everybody who reaches it could ask: use 127.0.0.1 "
+            "(and a tunnel or proxy in front), or set insecure_bind if the network is trusted"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
