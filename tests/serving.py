@@ -136,11 +136,9 @@ def running(settings: Settings) -> Iterator[tuple[Server, int]]:
         assert not thread.is_alive()
 
 
-def asked_for(path: Path, gate: Gate | None = None) -> IndexSettings:
+def asked_for(path: Path, gate: Gate | None = None, task: str = TASK_SPEC) -> IndexSettings:
     """How the small index is served, with its model, which can be held at the gate."""
-    return IndexSettings(
-        path=str(path), task=TASK_SPEC, task_arguments=None if gate is None else {"gate": str(gate.folder)}
-    )
+    return IndexSettings(path=str(path), task=task, task_arguments=None if gate is None else {"gate": str(gate.folder)})
 
 
 def without_model(path: Path) -> IndexSettings:

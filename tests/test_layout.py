@@ -21,6 +21,7 @@ PACKAGES = (
     "protos/loopsway/wire",
     "clients/loopsway/client",
     "clients/loopsway/cli",
+    "clients/loopsway/explorer",
 )
 TOP_LEVEL = {
     *SOURCE_ROOTS,

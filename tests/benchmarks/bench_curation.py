@@ -84,7 +84,7 @@ def measured(call: Callable[[], Any]) -> tuple[float, float]:
 
 def product_seconds(index: Index, num_vectors: int, repeats: int) -> float:
     """Torch's float32 product of so many vectors with all rows, and reading the codes once, scaled up from a block."""
-    rows = torch.from_numpy(index.decoded(None, np.arange(len(index.blocks()[0]))))
+    rows = torch.from_numpy(index.codes.decoded(None, np.arange(len(index.blocks()[0]))))
     vectors = torch.randn(min(num_vectors, 512), index.width)
     seconds = median_seconds({"product": lambda: vectors @ rows.T}, repeats)["product"]
     return seconds * (num_vectors / len(vectors)) * (index.num_rows / len(rows))

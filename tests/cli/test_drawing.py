@@ -46,7 +46,7 @@ def test_influences_within_two_standard_errors_are_marked_and_dim() -> None:
         generation=1,
         fingerprint="f",
     )
-    answer = Answer(question="[bold]?", resolve="query_step", result=result, trajectories=None)
+    answer = Answer(question="[bold]?", resolve="query_step", result=result)
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
     rankings.show(answer, console)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,7 +65,7 @@ def test_an_answer_without_any_influence_says_none() -> None:
     result = InfluenceResult(
         recall=1.0, query=summary, total=nothing, steps=(), index="i", generation=1, fingerprint="f"
     )
-    answer = Answer(question="?", resolve="query_step", result=result, trajectories=None)
+    answer = Answer(question="?", resolve="query_step", result=result)
     console = Console(file=io.StringIO(), width=100)
     rankings.show(answer, console)
     assert "none" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

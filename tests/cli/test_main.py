@@ -12,7 +12,10 @@ from click.testing import Result
 
 from .conftest import COMMAND, invoke, run
 
-COMMANDS = (*("train", "build", "add", "delete", "compact", "prune", "inspect", "verify", "serve", "query", "demo"),)
+COMMANDS = (
+    *("train", "build", "add", "delete", "compact", "prune", "inspect", "verify"),
+    *("serve", "query", "explore", "demo"),
+)
 
 
 def run_without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -72,6 +75,8 @@ def test_a_base_install_says_in_one_line_how_to_get_the_command() -> None:
         ("torch", "inspect x", "inspecting needs the indexer: pip install 'loopsway[indexer,cpu]'"),
         ("grpc_health", "serve --index x", "serving needs the service: pip install 'loopsway[service,cpu]'"),
         ("torch", "serve --index x", "serving needs the service: pip install 'loopsway[service,cpu]'"),
+        ("starlette", "explore", "exploring needs its extra: pip install 'loopsway[explorer]'"),
+        ("plotly", "explore", "exploring needs its extra: pip install 'loopsway[explorer]'"),
         ("torch", "demo", "the demo needs what one machine runs: pip install 'loopsway[all]'"),
     ],
 )

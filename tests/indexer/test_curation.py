@@ -37,8 +37,8 @@ from loopsway.indexer.config import BITS
 from loopsway.indexer.curation import duplicates, scoring
 from loopsway.indexer.curation.query_set import QuerySet
 from loopsway.indexer.curation.score_table import Fractions
-from loopsway.indexer.curation.similarity import agreements, cosines
 from loopsway.indexer.search.filters import FilterError
+from loopsway.indexer.search.similarity import agreements, cosines
 from loopsway.indexer.sketches.coding import encode
 
 from .conftest import build
@@ -273,13 +273,12 @@ def test_examples_are_queries_as_json_and_by_id(index: Index, tmp_path: Path) ->
 
 
 def test_a_query_without_a_finite_gradient_is_named(index: Index) -> None:
-    task, models = task_of(), list[Any]()
-    load = task.model
-    task.model = lambda checkpoint: (models.append(load(checkpoint)), models[-1])[1]
+    task = task_of()
     sketcher = ExampleSketcher(task, index.config)
     sketcher.sketch(task.examples()[:2])
-    for model in models:
-        model.head.weight.data[:] = torch.inf
+    for each in sketcher._sketchers:
+        head: Any = each._capture.model.head
+        head.weight.data[:] = torch.inf
     queries = ExampleQueries(sketcher, task.examples(), ["first", "second"], "")
     with pytest.raises(ValueError, match=r"query first, second has no sketch: .*; leave it out"):
         queries.sketches(range(2))

@@ -25,6 +25,7 @@ from loopsway.client import (
     ServerError,
     SketchQuery,
 )
+from loopsway.client.messages import Resolve
 from loopsway.indexer import Index
 from serving import QUERIES, Served
 
@@ -54,6 +55,42 @@ def test_an_approximate_search_says_how_well_it_finds(client: Client, index: Ind
     assert exact.recall == 1
     assert approximate.recall == expected.recall
     assert [each.example_id for each in approximate.total.proponents] == list(expected.total.proponents.example_ids)
+
+
+@pytest.mark.parametrize("resolve", ["query_step", "train_step", "same_step"])
+def test_each_sign_has_its_own_count_and_trajectories_come_with_the_rankings(
+    client: Client, index: Index, sketches: np.ndarray, resolve: Resolve
+) -> None:
+    query = SketchQuery(sketches[0], index.fingerprint)
+    (result,) = client.find_influences(
+        [query], num_proponents=4, num_opponents=1, resolve=resolve, steps=[0, 2], trajectories=True
+    )
+    expected = index.search(sketches[0], k=4, resolve=resolve, steps=[0, 2])
+    named: list[str] = []
+    for got, want in zip([result.total, *result.steps], [expected.total, *expected.steps], strict=True):
+        assert [each.example_id for each in got.proponents] == list(want.proponents.example_ids)
+        assert [each.example_id for each in got.opponents] == list(want.opponents.example_ids[:1])
+        named += [each.example_id for each in (*got.proponents, *got.opponents)]
+    curves = result.trajectories
+    assert curves is not None
+    assert list(curves.example_ids) == list(dict.fromkeys(named))
+    want, errors = index.trajectories_with_errors(sketches[:1], curves.example_ids, resolve)
+    np.testing.assert_array_equal(curves.influences, want[0])
+    np.testing.assert_array_equal(curves.standard_errors, errors[0])
+    assert client.find_influences([query])[0].trajectories is None
+
+
+def test_one_sign_alone_can_be_asked_for_and_none_cannot(client: Client, index: Index, sketches: np.ndarray) -> None:
+    query = SketchQuery(sketches[0], index.fingerprint)
+    (result,) = client.find_influences([query], num_proponents=0, k=2)
+    assert [(len(each.proponents), len(each.opponents)) for each in (result.total, *result.steps)] == [(0, 2)] * 4
+    (nothing,) = client.find_influences([query], where='id == "nobody"', trajectories=True)
+    assert nothing.trajectories is not None
+    assert nothing.trajectories.influences.shape == (0, 3)
+    with pytest.raises(InvalidQueryError, match="both 0"):
+        client.find_influences([query], num_proponents=0, num_opponents=0)
+    with pytest.raises(InvalidQueryError, match="opponent_count is 1001, expected 0 to 1000"):
+        client.find_influences([query], num_opponents=1001)
 
 
 def test_results_are_those_of_the_index(served: Served, index: Index, sketches: np.ndarray) -> None:
@@ -137,6 +174,9 @@ def test_a_request_or_answer_too_large_says_to_ask_for_less(
         assert client.get_index().num_examples == 48
     with Client(served.target, max_message_bytes=10_000) as client, pytest.raises(LoopswayError, match="fewer"):
         client.find_influences([query], k=24)
+    with Client(serve(max_message_bytes=1000).target) as client, pytest.raises(InvalidQueryError) as caught:
+        client.find_influences([IdQuery("tiny-0")], k=48, trajectories=True)
+    assert caught.value.field == "include_trajectories"
 
 
 def test_a_slow_answer_is_a_deadline_error_and_a_full_queue_says_when_to_come_back(
@@ -144,7 +184,7 @@ def test_a_slow_answer_is_a_deadline_error_and_a_full_queue_says_when_to_come_ba
 ) -> None:
     served = serve(max_waiting=0, retry_after_s=2.5)
     served.gate.hold()
-    with Client(served.target, timeout_s=60) as client:
+    with Client(served.target, timeout_s=60, overload_retries=0) as client:
         answers = []
         first = threading.Thread(target=lambda: answers.extend(client.find_influences([IdQuery("tiny-0")])))
         first.start()

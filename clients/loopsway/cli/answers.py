@@ -1,4 +1,4 @@
-"""One question to a server and all that it answers: the rankings, and the trajectories of the strongest examples.
+"""One question to a server and all that it answers: the rankings, and the trajectories of the examples in them.
 
 Knows the client, and nothing of how an answer is shown.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .curves import Curve, Curves
 
 if TYPE_CHECKING:
-    from loopsway.client import Client, Influencer, InfluenceResult, Query, Ranking, Trajectories
+    from loopsway.client import Client, Influencer, InfluenceResult, Query, Ranking
 
 Resolve = Literal["query_step", "train_step", "same_step"]
 
@@ -29,20 +29,20 @@ class Answer:
 
     Attributes:
         question: the query, as people read it.
-        trajectories: of the examples ranked over the whole loop, proponents first. None: there are none.
+        result: with the trajectories of its examples; those ranked over the whole loop come first, proponents before
+            opponents.
     """
 
     question: str
     resolve: Resolve
     result: InfluenceResult
-    trajectories: Trajectories | None
 
     def curves(self, most: int) -> Curves:
         """The trajectories of up to `most` proponents and as many opponents."""
         total = self.result.total
         drawn: list[Curve] = []
-        if self.trajectories is not None:
-            influences, errors = self.trajectories.influences[0], self.trajectories.standard_errors[0]  # [n, S]
+        if self.result.trajectories is not None:
+            influences, errors = self.result.trajectories.influences, self.result.trajectories.standard_errors  # [n, S]
             rows = [*range(len(total.proponents))[:most]]
             rows += [len(total.proponents) + row for row in range(len(total.opponents))[:most]]
             ranked = (*total.proponents, *total.opponents)
@@ -76,11 +76,12 @@ class Answer:
             "steps": [asdict(ranking) for ranking in result.steps],
             "trajectories": {"example_ids": [], "influences": [], "standard_errors": []},
         }
-        if self.trajectories is not None:
+        if result.trajectories is not None:
+            ids = _ids(result.total)
             document["trajectories"] = {
-                "example_ids": _ids(result.total),
-                "influences": self.trajectories.influences[0].tolist(),
-                "standard_errors": self.trajectories.standard_errors[0].tolist(),
+                "example_ids": ids,
+                "influences": result.trajectories.influences[: len(ids)].tolist(),
+                "standard_errors": result.trajectories.standard_errors[: len(ids)].tolist(),
             }
         return document
 
@@ -91,19 +92,28 @@ def ask(
     question: str,
     *,
     k: int,
+    num_proponents: int | None = None,
+    num_opponents: int | None = None,
     resolve: Resolve,
     steps: Sequence[int] | None = None,
     where: str = "",
     exact: bool = True,
     index: str = "",
 ) -> Answer:
-    """Asks for the rankings, then for the trajectories of the examples ranked over the whole loop."""
+    """Asks for the rankings and their trajectories at once; arguments as for `Client.find_influences`."""
     (result,) = client.find_influences(
-        [query], k=k, resolve=resolve, steps=steps, where=where, exact=exact, index=index
+        [query],
+        k=k,
+        num_proponents=num_proponents,
+        num_opponents=num_opponents,
+        resolve=resolve,
+        steps=steps,
+        where=where,
+        exact=exact,
+        trajectories=True,
+        index=index,
     )
-    ids = _ids(result.total)
-    trajectories = client.get_trajectories([query], ids, resolve=resolve, index=index) if ids else None
-    return Answer(question=question, resolve=resolve, result=result, trajectories=trajectories)
+    return Answer(question=question, resolve=resolve, result=result)
 
 
 def name(influencer: Influencer) -> str:

@@ -8,12 +8,14 @@ from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
 from .energy import energy
+from .explore import explore
 from .export import export
 from .inspection import inspect
 from .neighbors import neighbors
 from .query import query
 from .score import score
 from .serve import serve
+from .token import token
 from .train import train
 from .verify import verify
 
@@ -30,6 +32,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, query, demo),
+    *(serve, token, query, explore, demo),
 ):
     loopsway.add_command(command)

@@ -16,6 +16,7 @@ BROUGHT_BY_EXTRAS = (
     *("torch", "zarr", "safetensors", "pyarrow", "faiss"),
     *("google", "grpc_health", "grpc_reflection", "grpc_status", "pydantic", "pydantic_settings"),
     *("rich", "matplotlib", "plotext", "ray"),
+    *("starlette", "uvicorn", "plotly"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from .connection import Connection, connection_options
 from .failure import needs
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
 
 
 @click.command(short_help="Ask a server which training examples shaped an answer.")
-@click.option("--server", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server to ask.")
+@connection_options
 @click.option("--index", default="", metavar="NAME", help="Which of its indices, when it serves several.")
 @click.option("--example", metavar="JSON", help="Ask about an example, in the JSON that the index's task reads.")
 @click.option("--id", "example_id", metavar="ID", help="Ask about a training example, by its id.")
@@ -32,6 +33,8 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
 )
 @click.option("--fingerprint", metavar="HEX", help="Of the sketcher that made the sketch.")
 @click.option("--k", default=5, show_default=True, help="Proponents, and opponents, in each table.")
+@click.option("--proponents", "num_proponents", type=int, metavar="N", help="Proponents in each table, instead of --k.")
+@click.option("--opponents", "num_opponents", type=int, metavar="N", help="Opponents in each table, instead of --k.")
 @click.option(
     "--resolve",
     type=click.Choice(RESOLVE),
@@ -56,13 +59,15 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
     help="Save the trajectories as a figure: .png, .svg or .pdf.",
 )
 def query(
-    server: str,
+    connection: Connection,
     index: str,
     example: str | None,
     example_id: str | None,
     sketch: Path | None,
     fingerprint: str | None,
     k: int,
+    num_proponents: int | None,
+    num_opponents: int | None,
     resolve: str,
     steps: tuple[int, ...],
     where: str,
@@ -75,7 +80,7 @@ def query(
 
     Ask about one of --example, --id or --sketch. Proponents lowered the query's loss, opponents raised it.
     """
-    from loopsway.client import Client, LoopswayError
+    from loopsway.client import LoopswayError
 
     from .answers import ask
 
@@ -83,12 +88,14 @@ def query(
     if plot is not None:
         check_format(plot)
     try:
-        with Client(server, timeout_s=timeout_s) as client:
+        with connection.client(timeout_s) as client:
             answer = ask(
                 client,
                 asked,
                 question,
                 k=k,
+                num_proponents=num_proponents,
+                num_opponents=num_opponents,
                 resolve=cast("Resolve", resolve.replace("-", "_")),
                 steps=steps or None,
                 where=where,

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 @task_options(required=False, help="The indices' task, where they name none that ships with Loopsway.")
 @click.option("--no-model", is_flag=True, help="Run no task: answer queries given as sketches alone.")
 @click.option("--device", help="A torch device for model and searches.  [default: cpu]")
+@click.option("--tls-certificate", metavar="FILE", help="Speak TLS with this certificate.")
+@click.option("--tls-key", metavar="FILE", help="The certificate's key.")
+@click.option("--tls-client-ca", metavar="FILE", help="Callers must show a certificate that this one signed.")
 @click.option(
     "--insecure-bind", is_flag=True, default=None, help="Allow a --host that others reach, without TLS or tokens."
 )
@@ -73,6 +76,10 @@ def serve(
 
 def _given(flags: dict[str, Any], indices: tuple[str, ...]) -> dict[str, Any]:
     """The settings that flags give."""
+    tls = {
+        name: value for name in ("certificate", "key", "client_ca") if (value := flags.pop(f"tls_{name}")) is not None
+    }
+    flags["tls"] = tls or None
     return {name: value for name, value in {**flags, "indices": indices or None}.items() if value is not None}
 
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, QueryGradients, RowGradient
 
-from .client import AsyncClient, Client
+from .async_client import AsyncClient
+from .client import Client
+from .credentials import Tls
 from .errors import (
+    AuthenticationError,
     DeadlineError,
     FailedPreconditionError,
     InvalidQueryError,
     LoopswayError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     ServerError,
     UnavailableError,
 )
@@ -24,6 +28,7 @@ from .results import (
     IndexInfo,
     Influencer,
     InfluenceResult,
+    InfluencerTrajectories,
     Neighbor,
     QuerySummary,
     Ranking,
@@ -33,6 +38,7 @@ from .results import (
 
 __all__ = [
     "AsyncClient",
+    "AuthenticationError",
     "CheckpointInfo",
     "Client",
     "DeadlineError",
@@ -45,11 +51,13 @@ __all__ = [
     "IndexInfo",
     "InfluenceResult",
     "Influencer",
+    "InfluencerTrajectories",
     "InvalidQueryError",
     "LoopswayError",
     "Neighbor",
     "NotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "Query",
     "QueryGradients",
     "QuerySummary",
@@ -58,6 +66,7 @@ __all__ = [
     "ScoreChunk",
     "ServerError",
     "SketchQuery",
+    "Tls",
     "Trajectories",
     "UnavailableError",
 ]

@@ -3,9 +3,11 @@
 LoopswayError
 ├── InvalidQueryError (ValueError)       the request is wrong; `.field` names the part
 ├── NotFoundError (LookupError)          no such index or example
+├── AuthenticationError                  the server knows no such token, or wants one
+├── PermissionDeniedError (PermissionError)  the token does not allow this
 ├── FailedPreconditionError              right in form, but not for this index (fingerprint, no model)
 ├── UnavailableError (ConnectionError)   no server answers, after retries
-├── OverloadedError                      the server's queue is full; ask again after `.retry_after_s`
+├── OverloadedError                      too many requests, in all or with the token; ask again after `.retry_after_s`
 ├── DeadlineError (TimeoutError)         no answer within `timeout_s`
 └── ServerError                          the server failed; its log says why
 """
@@ -16,6 +18,8 @@ from collections.abc import Iterable
 from typing import cast
 
 import grpc
+
+from loopsway.v1 import attribution_pb2 as pb
 
 from .details import retry_delay_s, violated_field
 
@@ -48,12 +52,20 @@ class FailedPreconditionError(LoopswayError):
     """The request can't be answered by this index as it is served now."""
 
 
+class AuthenticationError(LoopswayError):
+    """The server wants a token, or does not know the one that came."""
+
+
+class PermissionDeniedError(LoopswayError, PermissionError):
+    """The token does not allow this, or not for this index."""
+
+
 class UnavailableError(LoopswayError, ConnectionError):
     """No server answers at the target, or it lacks for now what it needs to answer."""
 
 
 class OverloadedError(LoopswayError):
-    """The server has more requests waiting than it admits.
+    """The server has more requests waiting than it admits, or got more than the token allows.
 
     Attributes:
         retry_after_s: seconds after which the server asks to be tried again. None: it didn't say.
@@ -76,6 +88,8 @@ _PLAIN: dict[grpc.StatusCode, type[LoopswayError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidQueryError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
 }
 
 
@@ -98,6 +112,15 @@ def error_from_rpc(failure: grpc.RpcError, target: str) -> LoopswayError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(f"{target} did not answer in time; raise timeout_s or send fewer queries in one call")
     return ServerError(f"the server at {target} failed ({code.name}): {text}; its log says why")
+
+
+def error_from_failure(failure: pb.Failure) -> LoopswayError:
+    """The exception for a batch that a stream did not answer."""
+    code = next((each for each in grpc.StatusCode if cast("tuple[int, str]", each.value)[0] == failure.code), None)
+    if code in _PLAIN:
+        text = f"{failure.field}: {failure.message}" if failure.field else failure.message
+        return _PLAIN[code](text, field=failure.field or None)
+    return ServerError(f"the server failed ({code.name if code else failure.code}): {failure.message}")
 
 
 def _exhausted(text: str, retry_after_s: float | None) -> LoopswayError:

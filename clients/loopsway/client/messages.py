@@ -25,6 +25,7 @@ from .results import (
     IndexInfo,
     Influencer,
     InfluenceResult,
+    InfluencerTrajectories,
     Neighbor,
     QuerySummary,
     Ranking,
@@ -50,14 +51,27 @@ _RESOLVE: dict[str, pb.ResolveMode.ValueType] = {
 
 
 def influences_request(
-    queries: Sequence[Query], k: int, resolve: Resolve, steps: Sequence[int] | None, where: str, exact: bool, index: str
+    queries: Sequence[Query],
+    *,
+    k: int,
+    num_proponents: int | None,
+    num_opponents: int | None,
+    resolve: Resolve,
+    steps: Sequence[int] | None,
+    where: str,
+    exact: bool,
+    trajectories: bool,
+    index: str,
 ) -> pb.FindInfluencesRequest:
     if steps is not None and not len(steps):
         raise InvalidQueryError("steps is empty; name one or more, or leave it None for all", field="steps")
     return pb.FindInfluencesRequest(
         index=index,
-        queries=_queries(queries),
+        queries=query_messages(queries),
         k=_int32(k, "k"),
+        proponent_count=None if num_proponents is None else _int32(num_proponents, "proponent_count"),
+        opponent_count=None if num_opponents is None else _int32(num_opponents, "opponent_count"),
+        include_trajectories=trajectories,
         resolve=_resolve(resolve, get_args(Resolve)),
         steps=[_int32(step, f"steps[{i}]") for i, step in enumerate(() if steps is None else steps)],
         where=where,
@@ -70,7 +84,7 @@ def trajectories_request(
 ) -> pb.GetTrajectoriesRequest:
     return pb.GetTrajectoriesRequest(
         index=index,
-        queries=_queries(queries),
+        queries=query_messages(queries),
         example_ids=_ids(example_ids),
         resolve=_resolve(resolve, get_args(TrajectoryResolve)),
     )
@@ -87,7 +101,7 @@ def scores_request(
 ) -> pb.ScoreExamplesRequest:
     return pb.ScoreExamplesRequest(
         index=index,
-        queries=_queries(queries),
+        queries=query_messages(queries),
         resolve=_resolve(resolve, get_args(Resolve)),
         where=where,
         top_share=top_share,
@@ -119,7 +133,7 @@ def neighbors_request(
 
 
 def sketches_request(queries: Sequence[Query], index: str) -> pb.SketchQueriesRequest:
-    return pb.SketchQueriesRequest(index=index, queries=_queries(queries))
+    return pb.SketchQueriesRequest(index=index, queries=query_messages(queries))
 
 
 def index_info(index: pb.Index) -> IndexInfo:
@@ -154,12 +168,22 @@ def influence_results(response: pb.FindInfluencesResponse) -> list[InfluenceResu
             total=_ranking(result.total),
             steps=tuple(_ranking(ranking) for ranking in result.steps),
             recall=result.recall,
+            trajectories=_influencer_curves(result.trajectories) if result.HasField("trajectories") else None,
             index=response.index,
             generation=response.generation,
             fingerprint=response.fingerprint,
         )
         for result in response.results
     ]
+
+
+def _influencer_curves(curves: pb.Trajectories) -> InfluencerTrajectories:
+    ids = tuple(curves.example_ids)
+    return InfluencerTrajectories(
+        example_ids=ids,
+        influences=from_tensor(curves.influences, dtype="float32", shape=[len(ids), None]),
+        standard_errors=from_tensor(curves.standard_errors, dtype="float32", shape=curves.influences.shape),
+    )
 
 
 def trajectories(response: pb.GetTrajectoriesResponse) -> Trajectories:
@@ -214,7 +238,7 @@ def _ids(example_ids: Sequence[str]) -> Sequence[str]:
     return example_ids
 
 
-def _queries(queries: Sequence[Query]) -> list[pb.Query]:
+def query_messages(queries: Sequence[Query]) -> list[pb.Query]:
     if isinstance(queries, ExampleQuery | IdQuery | SketchQuery):
         raise InvalidQueryError("queries is one query; write [query]", field="queries")
     return [_query(query, f"queries[{i}]") for i, query in enumerate(queries)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -108,6 +108,21 @@ class Ranking:
     opponents: tuple[Influencer, ...]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InfluencerTrajectories:
+    """The influence of every example in a result, step by step.
+
+    Attributes:
+        example_ids: n of them, without repeats, in the order in which the rankings name them.
+        influences: float32 [n, steps], whichever steps were ranked. Read-only.
+        standard_errors: float32 [n, steps]. Read-only.
+    """
+
+    example_ids: tuple[str, ...]
+    influences: NDArray[np.float32]
+    standard_errors: NDArray[np.float32]
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfluenceResult:
     """The answer to one query.
@@ -118,6 +133,7 @@ class InfluenceResult:
         index: the name of the index that answered.
         generation: the generation of it that answered.
         recall: 1 where every stored code was read, else the recall that the build measured of an approximate search.
+        trajectories: of the examples in the rankings, if they were asked for. Not compared.
     """
 
     query: QuerySummary
@@ -127,6 +143,7 @@ class InfluenceResult:
     index: str
     generation: int
     fingerprint: str
+    trajectories: InfluencerTrajectories | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -355,6 +355,7 @@ class QueryInfluences(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
+    TRAJECTORIES_FIELD_NUMBER: _builtins.int
     recall: _builtins.float
     """How much of the exact answer this one holds: 1 where every stored code was read; else the least of the recalls that
     the build measured of what was searched, in [0, 1].
@@ -371,6 +372,10 @@ class QueryInfluences(_message.Message):
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ranking]:
         """A ranking for each step asked for, ascending by step."""
 
+    @_builtins.property
+    def trajectories(self) -> Global___Trajectories:
+        """The influence at every step of each example in the rankings. Unset unless include_trajectories was."""
+
     def __init__(
         self,
         *,
@@ -378,14 +383,51 @@ class QueryInfluences(_message.Message):
         total: Global___Ranking | None = ...,
         steps: _abc.Iterable[Global___Ranking] | None = ...,
         recall: _builtins.float = ...,
+        trajectories: Global___Trajectories | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "total", b"total", "trajectories", b"trajectories"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "recall", b"recall", "steps", b"steps", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "recall", b"recall", "steps", b"steps", "total", b"total", "trajectories", b"trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QueryInfluences: _TypeAlias = QueryInfluences  # noqa: Y015
+
+@_typing.final
+class Trajectories(_message.Message):
+    """The influence of some training examples on one query, step by step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLE_IDS_FIELD_NUMBER: _builtins.int
+    INFLUENCES_FIELD_NUMBER: _builtins.int
+    STANDARD_ERRORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def example_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the examples, without repeats: in the order in which the rankings name them, the total's first."""
+
+    @_builtins.property
+    def influences(self) -> Global___Tensor:
+        """float32, [example_ids, steps], resolved as the request says; all steps of the loop, whichever were ranked."""
+
+    @_builtins.property
+    def standard_errors(self) -> Global___Tensor:
+        """The standard error of each influence, >= 0; same type and shape."""
+
+    def __init__(
+        self,
+        *,
+        example_ids: _abc.Iterable[_builtins.str] | None = ...,
+        influences: Global___Tensor | None = ...,
+        standard_errors: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["influences", b"influences", "standard_errors", b"standard_errors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_ids", b"example_ids", "influences", b"influences", "standard_errors", b"standard_errors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trajectories: _TypeAlias = Trajectories  # noqa: Y015
 
 @_typing.final
 class Loop(_message.Message):
@@ -624,6 +666,9 @@ class FindInfluencesRequest(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     WHERE_FIELD_NUMBER: _builtins.int
     APPROXIMATE_FIELD_NUMBER: _builtins.int
+    PROPONENT_COUNT_FIELD_NUMBER: _builtins.int
+    OPPONENT_COUNT_FIELD_NUMBER: _builtins.int
+    INCLUDE_TRAJECTORIES_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     k: _builtins.int
@@ -642,6 +687,12 @@ class FindInfluencesRequest(_message.Message):
     """Whether the index's FAISS files may be searched instead of every stored code, as far as the build's floor of recall
     asks: QueryInfluences.recall says how well that finds. Influences are exact for what is found.
     """
+    proponent_count: _builtins.int
+    """How many proponents to return in each ranking, from 0 to the server's limit for k. Unset means k."""
+    opponent_count: _builtins.int
+    """How many opponents to return in each ranking, from 0 to the server's limit for k. Unset means k."""
+    include_trajectories: _builtins.bool
+    """Whether the influence of every example in the answer is wanted at every step too, as QueryInfluences.trajectories."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
         """The queries, at least 1 and at most as many as the server allows (64 by default). They are sketched together,
@@ -664,14 +715,26 @@ class FindInfluencesRequest(_message.Message):
         steps: _abc.Iterable[_builtins.int] | None = ...,
         where: _builtins.str = ...,
         approximate: _builtins.bool = ...,
+        proponent_count: _builtins.int | None = ...,
+        opponent_count: _builtins.int | None = ...,
+        include_trajectories: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "k", b"k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_opponent_count", b"_opponent_count", "_proponent_count", b"_proponent_count", "k", b"k", "opponent_count", b"opponent_count", "proponent_count", b"proponent_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "approximate", b"approximate", "index", b"index", "k", b"k", "queries", b"queries", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_opponent_count", b"_opponent_count", "_proponent_count", b"_proponent_count", "approximate", b"approximate", "include_trajectories", b"include_trajectories", "index", b"index", "k", b"k", "opponent_count", b"opponent_count", "proponent_count", b"proponent_count", "queries", b"queries", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
+    _WhichOneofReturnType__opponent_count: _TypeAlias = _typing.Literal["opponent_count"]  # noqa: Y015
+    _WhichOneofArgType__opponent_count: _TypeAlias = _typing.Literal["_opponent_count", b"_opponent_count"]  # noqa: Y015
+    _WhichOneofReturnType__proponent_count: _TypeAlias = _typing.Literal["proponent_count"]  # noqa: Y015
+    _WhichOneofArgType__proponent_count: _TypeAlias = _typing.Literal["_proponent_count", b"_proponent_count"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__opponent_count) -> _WhichOneofReturnType__opponent_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__proponent_count) -> _WhichOneofReturnType__proponent_count | None: ...
 
 Global___FindInfluencesRequest: _TypeAlias = FindInfluencesRequest  # noqa: Y015
 
@@ -710,6 +773,100 @@ class FindInfluencesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FindInfluencesResponse: _TypeAlias = FindInfluencesResponse  # noqa: Y015
+
+@_typing.final
+class StreamInfluencesRequest(_message.Message):
+    """One batch of queries in a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    tag: _builtins.str
+    """The caller's own mark, which the answer bears too; at most 256 characters. May be empty: answers come in order."""
+    @_builtins.property
+    def request(self) -> Global___FindInfluencesRequest:
+        """The queries, and what is asked about them. Each batch may name another index."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.str = ...,
+        request: Global___FindInfluencesRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamInfluencesRequest: _TypeAlias = StreamInfluencesRequest  # noqa: Y015
+
+@_typing.final
+class StreamInfluencesResponse(_message.Message):
+    """The answer to one batch of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    tag: _builtins.str
+    """The batch's own mark."""
+    @_builtins.property
+    def response(self) -> Global___FindInfluencesResponse:
+        """The answer."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why there is none. The stream goes on."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.str = ...,
+        response: Global___FindInfluencesResponse | None = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "failure"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___StreamInfluencesResponse: _TypeAlias = StreamInfluencesResponse  # noqa: Y015
+
+@_typing.final
+class Failure(_message.Message):
+    """Why a batch has no answer, as a google.rpc.Status would say of a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """The status code, of google.rpc.Code; never OK (0)."""
+    message: _builtins.str
+    """What was wrong and what was expected, for a person to read."""
+    field: _builtins.str
+    """The field at fault, in the batch's request, such as `queries[3].example_json`. Empty when none is."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        field: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class GetTrajectoriesRequest(_message.Message):
@@ -1197,7 +1354,7 @@ Global___SketchQueriesResponse: _TypeAlias = SketchQueriesResponse  # noqa: Y015
 @_typing.final
 class SketchGradientsRequest(_message.Message):
     """A part of a query's gradients. A stream begins with its header, goes on with any number of pieces, and closes with its
-    end; the server does not wait longer than it allows (30 s by default) between two of them.
+    end; the server does not wait longer than it allows (60 s by default) between two of them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

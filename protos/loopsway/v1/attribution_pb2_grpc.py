@@ -53,6 +53,11 @@ class AttributionStub(object):
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.FindInfluencesRequest.SerializeToString,
                 response_deserializer=loopsway_dot_v1_dot_attribution__pb2.FindInfluencesResponse.FromString,
                 _registered_method=True)
+        self.StreamInfluences = channel.stream_stream(
+                '/loopsway.v1.Attribution/StreamInfluences',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.StreamInfluencesRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.StreamInfluencesResponse.FromString,
+                _registered_method=True)
         self.GetTrajectories = channel.unary_unary(
                 '/loopsway.v1.Attribution/GetTrajectories',
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.GetTrajectoriesRequest.SerializeToString,
@@ -103,6 +108,16 @@ class AttributionServicer(object):
 
     def FindInfluences(self, request, context):
         """Ranks, for each query, the training examples with the strongest influence: over the whole loop and at each step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamInfluences(self, request_iterator, context):
+        """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
+        of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
+        taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
+        finds the index's queue full waits instead of failing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,6 +179,11 @@ def add_AttributionServicer_to_server(servicer, server):
                     servicer.FindInfluences,
                     request_deserializer=loopsway_dot_v1_dot_attribution__pb2.FindInfluencesRequest.FromString,
                     response_serializer=loopsway_dot_v1_dot_attribution__pb2.FindInfluencesResponse.SerializeToString,
+            ),
+            'StreamInfluences': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamInfluences,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.StreamInfluencesRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.StreamInfluencesResponse.SerializeToString,
             ),
             'GetTrajectories': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTrajectories,
@@ -276,6 +296,33 @@ class Attribution(object):
             '/loopsway.v1.Attribution/FindInfluences',
             loopsway_dot_v1_dot_attribution__pb2.FindInfluencesRequest.SerializeToString,
             loopsway_dot_v1_dot_attribution__pb2.FindInfluencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamInfluences(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/loopsway.v1.Attribution/StreamInfluences',
+            loopsway_dot_v1_dot_attribution__pb2.StreamInfluencesRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.StreamInfluencesResponse.FromString,
             options,
             channel_credentials,
             insecure,

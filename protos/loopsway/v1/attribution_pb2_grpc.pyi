@@ -49,6 +49,12 @@ class AttributionStub:
     """Lists the indices that this server answers from, by name."""
     FindInfluences: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.FindInfluencesRequest, _attribution_pb2.FindInfluencesResponse]
     """Ranks, for each query, the training examples with the strongest influence: over the whole loop and at each step."""
+    StreamInfluences: _grpc.StreamStreamMultiCallable[_attribution_pb2.StreamInfluencesRequest, _attribution_pb2.StreamInfluencesResponse]
+    """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
+    of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
+    taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
+    finds the index's queue full waits instead of failing.
+    """
     GetTrajectories: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.GetTrajectoriesRequest, _attribution_pb2.GetTrajectoriesResponse]
     """Returns the influence of chosen training examples on each query, step by step, unranked."""
     ScoreExamples: _grpc.UnaryStreamMultiCallable[_attribution_pb2.ScoreExamplesRequest, _attribution_pb2.ScoreExamplesResponse]
@@ -82,6 +88,12 @@ class AttributionAsyncStub(AttributionStub):
     """Lists the indices that this server answers from, by name."""
     FindInfluences: _aio.UnaryUnaryMultiCallable[_attribution_pb2.FindInfluencesRequest, _attribution_pb2.FindInfluencesResponse]  # type: ignore[assignment]
     """Ranks, for each query, the training examples with the strongest influence: over the whole loop and at each step."""
+    StreamInfluences: _aio.StreamStreamMultiCallable[_attribution_pb2.StreamInfluencesRequest, _attribution_pb2.StreamInfluencesResponse]  # type: ignore[assignment]
+    """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
+    of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
+    taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
+    finds the index's queue full waits instead of failing.
+    """
     GetTrajectories: _aio.UnaryUnaryMultiCallable[_attribution_pb2.GetTrajectoriesRequest, _attribution_pb2.GetTrajectoriesResponse]  # type: ignore[assignment]
     """Returns the influence of chosen training examples on each query, step by step, unranked."""
     ScoreExamples: _aio.UnaryStreamMultiCallable[_attribution_pb2.ScoreExamplesRequest, _attribution_pb2.ScoreExamplesResponse]  # type: ignore[assignment]
@@ -130,6 +142,18 @@ class AttributionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_attribution_pb2.FindInfluencesResponse, _abc.Awaitable[_attribution_pb2.FindInfluencesResponse]]:
         """Ranks, for each query, the training examples with the strongest influence: over the whole loop and at each step."""
+
+    @_abc_1.abstractmethod
+    def StreamInfluences(
+        self,
+        request_iterator: _MaybeAsyncIterator[_attribution_pb2.StreamInfluencesRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_attribution_pb2.StreamInfluencesResponse], _abc.AsyncIterator[_attribution_pb2.StreamInfluencesResponse]]:
+        """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
+        of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
+        taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
+        finds the index's queue full waits instead of failing.
+        """
 
     @_abc_1.abstractmethod
     def GetTrajectories(

@@ -11,7 +11,7 @@ from .checks import check_settings
 from .engine import Engine
 from .faults import SettingsError
 from .server import Server, create_server, serve
-from .settings import IndexSettings, Settings
+from .settings import IndexSettings, Settings, TlsSettings, TokenSettings
 from .sources import read_settings
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "Server",
     "Settings",
     "SettingsError",
+    "TlsSettings",
+    "TokenSettings",
     "check_settings",
     "create_server",
     "read_settings",

@@ -58,6 +58,22 @@ def k_from(request: pb.FindInfluencesRequest | pb.FindNeighborsRequest, settings
     return k
 
 
+def counts_from(request: pb.FindInfluencesRequest, settings: Settings) -> tuple[int, int]:
+    """How many proponents and opponents of each ranking are returned; not both 0."""
+    k = k_from(request, settings)
+    counts = []
+    for field in ("proponent_count", "opponent_count"):
+        count = getattr(request, field) if request.HasField(field) else k
+        if not 0 <= count <= settings.max_k:
+            raise InvalidFieldError(f"{field} is {count}, expected 0 to {settings.max_k}, or unset for k", field=field)
+        counts.append(count)
+    if counts == [0, 0]:
+        raise InvalidFieldError(
+            "proponent_count and opponent_count are both 0: nothing is asked", field="proponent_count"
+        )
+    return counts[0], counts[1]
+
+
 def fractions_from(request: pb.ScoreExamplesRequest) -> Fractions:
     """Which part of each ranking to return."""
     top = request.top_share if request.HasField("top_share") else None

@@ -14,7 +14,7 @@ from loopsway.indexer import Index, Influencers, Neighbors, Ranked
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
 
-from .engine import Engine, Influences, Trajectories
+from .engine import Curves, Engine, Influences, Trajectories
 from .queries import ResolvedQuery
 from .stretches import Stretch
 
@@ -57,11 +57,20 @@ def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindI
             total=ranking(answer.ranking.total),
             steps=[ranking(step) for step in answer.ranking.steps],
             recall=answer.ranking.recall,
+            trajectories=None if answer.curves is None else _curves_message(answer.curves),
         )
         for answer in answers
     ]
     return pb.FindInfluencesResponse(
         results=results, index=index.name, generation=index.generation, fingerprint=index.fingerprint
+    )
+
+
+def _curves_message(curves: Curves) -> pb.Trajectories:
+    return pb.Trajectories(
+        example_ids=curves.example_ids,
+        influences=to_tensor(curves.influences),
+        standard_errors=to_tensor(curves.standard_errors),
     )
 
 

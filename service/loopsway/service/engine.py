@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -36,11 +36,39 @@ DECODED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Curves:
+    """The influence of some examples on one query at every step; arrays float32 [n, S]."""
+
+    example_ids: Sequence[str]
+    influences: NDArray[np.float32]
+    standard_errors: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Influences:
-    """One query's answer: what it was resolved to, and its rankings."""
+    """One query's answer: what it was resolved to, its rankings, and the curves of those in them if asked for."""
 
     query: ResolvedQuery
     ranking: Ranking
+    curves: Curves | None = None
+
+    @property
+    def example_ids(self) -> tuple[str, ...]:
+        """Of all in the rankings, each once."""
+        rankings = (self.ranking.total, *self.ranking.steps)
+        named = (each for ranking in rankings for ranked in (ranking.proponents, ranking.opponents)
+                 for each in ranked.example_ids)  # fmt: skip
+        return tuple(dict.fromkeys(named))
+
+    def cut(self, num_proponents: int, num_opponents: int) -> Influences:
+        """With so many of each sign in each ranking, at the most."""
+        total, *steps = (
+            replace(
+                each, proponents=each.proponents.first(num_proponents), opponents=each.opponents.first(num_opponents)
+            )
+            for each in (self.ranking.total, *self.ranking.steps)
+        )
+        return replace(self, ranking=replace(self.ranking, total=total, steps=tuple(steps)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,6 +136,26 @@ class Engine:
                 lambda go_on: self._search(resolved, k, resolve, steps, where, exact, go_on)
             )
         return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
+
+    async def with_curves(self, answers: Sequence[Influences], resolve: Resolve) -> list[Influences]:
+        """The same answers with curves; part of the request that they are of, so it waits for no place.
+
+        Raises:
+            InvalidFieldError: they are too large for one message.
+        """
+        ids = [answer.example_ids for answer in answers]
+        slots = [self.index.num_steps if resolve == "train_step" else answer.query.num_steps for answer in answers]
+        size = 2 * 4 * sum(len(each) * count for each, count in zip(ids, slots, strict=True))
+        if size > self._settings.max_message_bytes:
+            raise InvalidFieldError(
+                f"the trajectories are {size} bytes, expected at most {self._settings.max_message_bytes}: lower k, "
+                "name fewer steps, or ask for fewer queries in one request",
+                field="include_trajectories",
+            )
+        curves = await self._in_thread(
+            lambda go_on: [self._curves(*each, resolve, go_on) for each in zip(answers, ids, slots, strict=True)]
+        )
+        return [replace(answer, curves=each) for answer, each in zip(answers, curves, strict=True)]
 
     async def trajectories(
         self, queries: Sequence[Query], example_ids: Sequence[str], resolve: TrajectoryResolve
@@ -313,6 +361,15 @@ class Engine:
             measured.append(self.index.trajectories_with_errors(sketches, block, resolve))
         influences, errors = zip(*measured, strict=True)
         return np.concatenate(influences, axis=1), np.concatenate(errors, axis=1)
+
+    def _curves(
+        self, answer: Influences, example_ids: Sequence[str], num_steps: int, resolve: Resolve, go_on: GoOn
+    ) -> Curves:
+        if example_ids:
+            influences, errors = self._measure(np.stack([answer.query.sketch]), example_ids, resolve, go_on)
+        else:
+            influences = errors = np.zeros((1, 0, num_steps), np.float32)
+        return Curves(example_ids=example_ids, influences=influences[0], standard_errors=errors[0])
 
     def _check_ids(self, example_ids: Sequence[str]) -> None:
         for i, example_id in enumerate(example_ids):

@@ -1,10 +1,13 @@
-"""What a request can be refused for. servicer.py gives each its status code; nothing here knows gRPC.
+"""What a request can be refused for. refusals.py gives each its status code; nothing here knows gRPC.
 
 RequestError
 ├── InvalidFieldError (ValueError)    wrong in itself
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
-├── StalledError (TimeoutError)       a stream's next message did not come
+├── StalledError (TimeoutError)       a stream's client was not in time
+├── UnknownCallerError                no token, or one that is not known
+├── ForbiddenError (PermissionError)  the token does not allow this
+├── RateError (RuntimeError)          the token's requests come too fast
 ├── QueueFullError (RuntimeError)     too many requests are waiting
 └── UnavailableError (RuntimeError)   what the server needs for this is down, and will be up again
 """
@@ -40,7 +43,7 @@ class PreconditionError(RequestError, RuntimeError):
 
 
 class StalledError(RequestError, TimeoutError):
-    """A stream's next message did not come in time."""
+    """A stream's client did not send, or take, the next message in time."""
 
 
 class QueueFullError(RequestError, RuntimeError):
@@ -55,8 +58,16 @@ class QueueFullError(RequestError, RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class UnavailableError(RequestError, RuntimeError):
-    """The model's process died under the request, or has too little memory for it now.
+class UnknownCallerError(RequestError):
+    """The request brings no token that the server knows."""
+
+
+class ForbiddenError(RequestError, PermissionError):
+    """The caller's token does not allow this."""
+
+
+class RateError(RequestError, RuntimeError):
+    """More requests with one token than it allows.
 
     Attributes:
         retry_after_s: when to ask again.
@@ -75,3 +86,15 @@ def in_field(outer: str) -> Iterator[None]:
     except RequestError as error:
         error.field = f"{outer}.{error.field}" if error.field else outer
         raise
+
+
+class UnavailableError(RequestError, RuntimeError):
+    """The model's process died under the request, or has too little memory for it now.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

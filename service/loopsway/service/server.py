@@ -20,8 +20,10 @@ from loopsway.indexer.store.files import write_json
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
 
+from .authentication import Authentication
 from .catalog import Catalog
 from .checks import check_exposure
+from .credentials import server_credentials
 from .servicer import Servicer
 from .settings import Settings
 
@@ -37,12 +39,13 @@ class Server:
         self.catalog, self._settings = Catalog(settings), settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
         self._grpc = grpc.aio.server(
+            interceptors=[Authentication(settings.tokens)] if settings.tokens else [],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
                 # Two servers that share a port would each answer some of the requests.
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         add_AttributionServicer_to_server(Servicer(self.catalog, settings), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -57,7 +60,9 @@ class Server:
         host, port = self._settings.host, self._settings.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return self._grpc.add_insecure_port(address)
+            if self._settings.tls is None:
+                return self._grpc.add_insecure_port(address)
+            return self._grpc.add_secure_port(address, server_credentials(self._settings.tls))
         except RuntimeError as error:
             raise OSError(f"can't listen on {address}: the port is taken, or the address isn't this machine's; "
                           "port 0 picks a free one") from error  # fmt: skip

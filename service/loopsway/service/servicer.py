@@ -1,25 +1,16 @@
-"""The Attribution service: each method decodes, asks the engine, encodes. The only file that knows status codes.
-
-InvalidFieldError: INVALID_ARGUMENT. UnknownNameError: NOT_FOUND. PreconditionError: FAILED_PRECONDITION.
-QueueFullError: RESOURCE_EXHAUSTED with RetryInfo. StalledError: DEADLINE_EXCEEDED. Anything else is ours: INTERNAL,
-logged, nothing of it in the text.
-"""
+"""The Attribution service: each method decodes, asks the engine, encodes. refusals.py knows the status codes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
 
-import grpc
-import grpc.aio
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.rpc import code_pb2
 
 from loopsway.indexer import Index
 from loopsway.v1 import attribution_pb2 as pb
@@ -28,34 +19,18 @@ from loopsway.v1.tensors import to_tensor
 
 from . import decoding, encoding, gradients
 from .engine import Engine
-from .errors import (
-    InvalidFieldError,
-    PreconditionError,
-    QueueFullError,
-    RequestError,
-    StalledError,
-    UnavailableError,
-    UnknownNameError,
-    in_field,
-)
+from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
+from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
 from .settings import Settings
-from .streams import StreamPlaces, unstalled
+from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
+from .tokens import allowed, check_allowed
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response", bound=Message)
 _Answer = TypeVar("_Answer")
 
-_CODES: dict[type[RequestError], grpc.StatusCode] = {
-    InvalidFieldError: grpc.StatusCode.INVALID_ARGUMENT,
-    UnknownNameError: grpc.StatusCode.NOT_FOUND,
-    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
-    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    UnavailableError: grpc.StatusCode.UNAVAILABLE,
-    StalledError: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-# An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
-MAX_TEXT_BYTES = 1000
+MAX_TAG = 256
 
 
 class Servicer(AttributionServicer):
@@ -83,7 +58,7 @@ class Servicer(AttributionServicer):
         self, request: pb.ListIndicesRequest, context: Any
     ) -> pb.ListIndicesResponse:
         async def answer() -> pb.ListIndicesResponse:
-            names = sorted(self._engines)
+            names = sorted(allowed(self._engines))
             return pb.ListIndicesResponse(indices=[await self._described(self._engines[name]) for name in names])
 
         return await self._answer("ListIndices", "", 0, context, answer)
@@ -93,6 +68,13 @@ class Servicer(AttributionServicer):
     ) -> pb.FindInfluencesResponse:
         return await self._answer(
             "FindInfluences", request.index, len(request.queries), context, lambda: self._find_influences(request)
+        )
+
+    async def StreamInfluences(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
+        self, request_iterator: AsyncIterator[pb.StreamInfluencesRequest], context: Any
+    ) -> None:
+        await self._answer(
+            "StreamInfluences", "", 0, context, lambda: self._stream_influences(request_iterator, context)
         )
 
     async def GetTrajectories(  # noqa: N802  # the proto's name
@@ -132,18 +114,19 @@ class Servicer(AttributionServicer):
 
     async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
         engine, settings = self._engine(request.index), self._settings
-        k = decoding.k_from(request, settings)
+        counts = decoding.counts_from(request, settings)
         resolve = decoding.resolve_from(request.resolve)
         steps = decoding.steps_from(request.steps)
         queries = decoding.queries_from(request.queries, engine.index, settings)
         answers = await engine.find_influences(
             queries,
-            k=k,
+            k=max(counts),
             resolve=resolve,
             steps=steps,
             where=request.where or None,
             exact=not request.approximate,
         )
+        answers = [answer.cut(*counts) for answer in answers]
         count = sum(
             len(ranked.example_ids)
             for answer in answers
@@ -156,8 +139,39 @@ class Servicer(AttributionServicer):
                 "fewer steps, or send fewer queries in one request",
                 field="k",
             )
+        if request.include_trajectories:
+            answers = await engine.with_curves(answers, resolve)
         response = await asyncio.to_thread(encoding.influences_response, answers, engine.index)
         return self._fitting(response, "k")
+
+    async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
+        settings = self._settings
+        with self._streams.place():
+            timed = unstalled(aiter(requests), settings.stall_s)
+            async with aclosing(in_order(timed, self._batch_answer, settings.stream_batches)) as responses:
+                async for response in responses:
+                    async with taken_in(settings.stall_s):
+                        await context.write(response)
+
+    async def _batch_answer(self, batch: pb.StreamInfluencesRequest) -> pb.StreamInfluencesResponse:
+        """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
+        while True:
+            try:
+                if len(batch.tag) > MAX_TAG:
+                    raise InvalidFieldError(
+                        f"the tag has {len(batch.tag)} characters, expected at most {MAX_TAG}", field="tag"
+                    )
+                return pb.StreamInfluencesResponse(tag=batch.tag, response=await self._find_influences(batch.request))
+            except QueueFullError as error:
+                await asyncio.sleep(error.retry_after_s)
+            except RequestError as error:
+                code = code_of(error).value[0]
+                failure = pb.Failure(code=code, message=shortened(str(error)), field=error.field)
+                return pb.StreamInfluencesResponse(tag=batch.tag[:MAX_TAG], failure=failure)
+            except Exception:
+                _log.exception("a batch of StreamInfluences failed")
+                failure = pb.Failure(code=code_pb2.INTERNAL, message=INTERNAL)
+                return pb.StreamInfluencesResponse(tag=batch.tag, failure=failure)
 
     async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
         engine, settings = self._engine(request.index), self._settings
@@ -208,15 +222,16 @@ class Servicer(AttributionServicer):
         return await asyncio.to_thread(encoding.index_message, engine)
 
     def _engine(self, name: str) -> Engine:
-        if not name and len(self._engines) == 1:
-            return next(iter(self._engines.values()))
+        """The engine of an index that the caller may use."""
+        engines = allowed(self._engines)
+        if not name and len(engines) == 1:
+            return next(iter(engines.values()))
+        check_allowed(name)
         if not name:
-            raise InvalidFieldError(
-                f"index is empty, and this server has several: {_listed(self._engines)}", field="index"
-            )
-        if name not in self._engines:
-            raise UnknownNameError(f"this server has no index {name!r}, only {_listed(self._engines)}", field="index")
-        return self._engines[name]
+            raise InvalidFieldError(f"index is empty, and this server has several: {_listed(engines)}", field="index")
+        if name not in engines:
+            raise UnknownNameError(f"this server has no index {name!r}, only {_listed(engines)}", field="index")
+        return engines[name]
 
     def _fitting(self, response: _Response, field: str) -> _Response:
         size, limit = response.ByteSize(), self._settings.max_message_bytes
@@ -236,47 +251,15 @@ class Servicer(AttributionServicer):
             code = "OK"
             return response
         except RequestError as error:
-            code = _CODES[type(error)].name
-            await _refuse(context, error)
+            code = code_of(error).name
+            await refuse(context, error)
         except Exception:
             code = "INTERNAL"
             _log.exception("%s failed", method)
-            await _abort(context, grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+            await refuse_as_internal(context)
         finally:
             seconds = time.monotonic() - start
             _log.info("method=%s index=%r queries=%d seconds=%.4f code=%s", method, index, queries, seconds, code)
-
-
-async def _refuse(context: Any, error: RequestError) -> NoReturn:
-    text = _shortened(str(error))
-    details: list[Message] = []
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, QueueFullError | UnavailableError):
-        delay = Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    code = _CODES[type(error)]
-    status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=text, details=_packed(details)))
-    await _abort(context, code, text, status.trailing_metadata)
-
-
-async def _abort(context: Any, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()) -> NoReturn:
-    await context.abort(code, text, trailing_metadata=trailing_metadata)
-    raise AssertionError("abort raises")
-
-
-def _packed(details: Sequence[Message]) -> list[AnyMessage]:
-    packed = [AnyMessage() for _ in details]
-    for message, detail in zip(packed, details, strict=True):
-        message.Pack(detail)
-    return packed
-
-
-def _shortened(text: str) -> str:
-    data = text.encode("utf-8", "replace")
-    return text if len(data) <= MAX_TEXT_BYTES else data[:MAX_TEXT_BYTES].decode("utf-8", "ignore") + "..."
 
 
 def _listed(engines: Mapping[str, Engine]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .faults import settings_error
@@ -42,6 +43,40 @@ class IndexSettings(Table):
     device: str = "cpu"
 
 
+class TlsSettings(Table):
+    """The server's certificate; the files may be replaced while it runs.
+
+    Attributes:
+        certificate: PEM, the server's own and then those above it.
+        key: PEM, unencrypted.
+        client_ca: PEM. Callers must show a certificate that one of these signed. None: they need none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+class TokenSettings(Table):
+    """A caller's token, as `loopsway token` writes it. The token itself is nowhere.
+
+    Attributes:
+        name: of the caller, for the log and for errors.
+        sha256: of the token, in hexadecimal.
+        read: the names of the indices that it may ask; "*" stands for all.
+        admin: the same of those that it may also change.
+        requests_per_second: None: any number.
+        burst: requests that may come at once after a pause.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.@-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    read: tuple[str, ...] = ()
+    admin: tuple[str, ...] = ()
+    requests_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    burst: Positive = 10
+
+
 def _index(value: Any) -> Any:
     """A path, or NAME=PATH; a path may have an "=" in it."""
     if not isinstance(value, str):
@@ -57,9 +92,11 @@ class Settings(BaseSettings):
 
     Attributes:
         indices: what `loopsway serve` serves.
-        host: address to listen on. Anything but loopback needs `insecure_bind`, as there is no TLS yet.
+        host: address to listen on. Anything but loopback needs `tls`, and `tokens` or its `client_ca`.
         port: 0 lets the system pick a free one.
-        insecure_bind: listen on `host` even when it is not loopback: everybody who reaches it may ask.
+        insecure_bind: listen on `host` without them: everybody who reaches it may ask or listen in.
+        tls: None: the server speaks plaintext.
+        tokens: one of them comes with every request. Empty: whoever reaches the server may ask.
         max_message_bytes: largest request accepted and largest response sent.
         max_queries: in one request.
         max_k: proponents, and opponents, in one ranking.
@@ -68,7 +105,8 @@ class Settings(BaseSettings):
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_gradient_bytes: of one query that comes as gradients.
         max_streams: of queries or gradients, over all indices; more are told to come back.
-        stall_s: seconds that a stream may let pass before its next message.
+        stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
+        stream_batches: batches of one StreamInfluences that are under way or wait to be taken.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
         retry_after_s: seconds after which they are told to.
         batch_size: examples in one forward and backward of the model, of one request or several.
@@ -93,6 +131,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     insecure_bind: bool = False
+    tls: TlsSettings | None = None
+    tokens: tuple[TokenSettings, ...] = ()
     max_message_bytes: Positive = 64 << 20
     max_queries: Positive = 64
     max_k: Positive = 1000
@@ -101,7 +141,8 @@ class Settings(BaseSettings):
     max_influencers: Positive = 200_000
     max_gradient_bytes: Positive = 1 << 30
     max_streams: Positive = 32
-    stall_s: PositiveSeconds = 30.0
+    stall_s: PositiveSeconds = 60.0
+    stream_batches: Positive = 4
     max_waiting: NotNegative = 64
     retry_after_s: PositiveSeconds = 1.0
     batch_size: Positive = 32
@@ -120,6 +161,15 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_args: Any, **_others: Any) -> Any:
         return (init_settings,)
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_tokens(cls, tokens: tuple[TokenSettings, ...]) -> tuple[TokenSettings, ...]:
+        for what in ("name", "sha256"):
+            values = [getattr(token, what) for token in tokens]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two of them have the same {what}, expected each its own")
+        return tokens
 
     def with_index_settings(self, given: dict[str, Any]) -> Settings:
         """These settings with some of `IndexSettings` set for every index."""

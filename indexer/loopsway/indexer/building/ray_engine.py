@@ -6,7 +6,6 @@ store, and the same command goes on.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..cluster import RayActorError, RayTaskError, connect, ray
 from ..sketches.features import ExampleSketcher
 from ..store.addresses import open_folder
 from ..store.generation import Generation
@@ -21,12 +21,6 @@ from ..store.manifest import Plan
 from ..task import load_task
 from .blocks import BlockSketcher, NonFinite
 from .examples import SubsetTask
-
-try:
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-except ImportError as error:
-    raise ImportError("engine=\"ray\" needs Ray: pip install 'loopsway[ray]'") from error
 
 MOST_DEATHS = 3  # over one block, before the build gives up
 
@@ -67,10 +61,8 @@ class RayEngine:
                 'engine="ray" needs task_spec, such as "path/to/file.py:MyTask": each actor makes the task itself'
             )
         self._task = (_absolute(task_spec), dict(task_arguments), rows, device, nonfinite)
-        self._address, self._resource = address, "GPU" if device.startswith("cuda") else "CPU"
-        self._starts_cluster = not ray.is_initialized()
-        if self._starts_cluster:
-            self._connect()
+        self._resource = "GPU" if device.startswith("cuda") else "CPU"
+        self._starts_cluster = connect(address)
         self._workers = workers or max(1, int(ray.cluster_resources().get(self._resource, 0)))
         self.title = f"sketching examples, {self._workers} workers"
 
@@ -112,14 +104,6 @@ class RayEngine:
                 ray.kill(actor)
             if self._starts_cluster:
                 ray.shutdown()
-
-    def _connect(self) -> None:
-        quiet = {"log_to_driver": False, "logging_level": "error"}
-        address = self._address or os.environ.get("RAY_ADDRESS")
-        if address is None:
-            ray.init(include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
 
     def _new_actor(self, generation: Generation) -> Any:
         amount = {"num_gpus": 1} if self._resource == "GPU" else {"num_cpus": 1}

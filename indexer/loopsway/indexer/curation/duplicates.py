@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ..search.index import Index, open_index
+from ..search.similarity import cosines
 from ..store.addresses import open_folder
 from ..store.files import json_bytes
 from ..store.folders import clear_storage_errors
 from ..store.output import begin_output, fill, write_table
-from .neighbors import TOGETHER, check_step, compared
-from .similarity import cosines
+from .neighbors import TOGETHER, check_step
 
 DESCRIPTION = "duplicates.json"
 SHARD_ROWS = 16 * TOGETHER  # examples whose pairs are in a file
@@ -76,7 +76,7 @@ def find_duplicates(
 
 def _pairs(index: Index, step: int | None, own: np.ndarray, rows: np.ndarray, threshold: float) -> pa.Table:
     """Pairs of these rows with later ones."""
-    agreement = compared(index, step, own)
+    agreement = index.codes.compared(step, own)
     similarity, errors = cosines(agreement, index.bits, index.width)
     later = rows[None, :] > own[:, None]
     mine, others = np.nonzero(later & (similarity[:, rows] >= threshold))

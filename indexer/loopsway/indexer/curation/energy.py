@@ -112,7 +112,7 @@ def _sums(
     for block in index.blocks():
         rows = np.flatnonzero(kept[block.start : block.stop]) + block.start
         for start in range(0, len(rows), TILE_ROWS):
-            decoded = torch.from_numpy(index.decoded(slot, rows[start : start + TILE_ROWS]))
+            decoded = torch.from_numpy(index.codes.decoded(slot, rows[start : start + TILE_ROWS]))
             parts = decoded.view(len(decoded), groups, -1).transpose(0, 1) @ grouped  # [G, n, M]
             whole = parts.sum(0)
             signs = torch.sign(whole - parts)

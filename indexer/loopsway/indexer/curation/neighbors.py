@@ -1,25 +1,22 @@
 """The training examples whose gradients are most like a training example's.
 
-Both sides are stored codes (similarity.py): no model runs. The example itself is in no answer.
+Both sides are stored codes (search/nearest.py): no model runs. The example itself is in no answer.
 
-n examples asked about, N of the index.
+n neighbors of one example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 
 from ..search.filters import matching_rows
 from ..search.index import Index
-from ..search.scan import in_threads
-from .similarity import agreements, cosines
-
-By = Literal["cosine", "inner_product"]
+from ..search.nearest import By, Compared, Near
 
 TOGETHER = 256  # examples that are compared with all others at once
 
@@ -33,12 +30,14 @@ class Neighbors:
         rows: int64 [n], their rows in the index.
         similarities: float32 [n].
         standard_errors: float32 [n], of the sketch and its coding.
+        coverage: as in `Ranking`.
     """
 
     example_ids: tuple[str, ...]
     rows: np.ndarray
     similarities: np.ndarray
     standard_errors: np.ndarray
+    coverage: float = 1.0
 
 
 def find_neighbors(
@@ -50,6 +49,7 @@ def find_neighbors(
     step: int | None = None,
     threshold: float | None = None,
     where: str | None = None,
+    deadline: float | None = None,
 ) -> list[Neighbors]:
     """The training examples whose gradients are most like those of some.
 
@@ -61,9 +61,11 @@ def find_neighbors(
         step: of the loop; None: the gradients summed over steps.
         threshold: the least similarity.
         where: a filter over the examples, which the search is done within.
+        deadline: as in `Index.search`.
 
     Raises:
         UnknownExampleError: an id is not in the index.
+        ShardsUnavailableError: as `Index.search`.
         FilterError, ValueError: the filter, k, `by` or step.
     """
     if by not in get_args(By):
@@ -74,21 +76,17 @@ def find_neighbors(
         raise ValueError(f"k is {k}, expected at least 1")
     check_step(index, step)
     rows = np.array([index.row_of(example_id) for example_id in example_ids], np.int64)
-    may = index.sketched_rows()
+    may = np.zeros(index.num_rows, bool)
+    may[index.sketched_rows()] = True
     if where is not None:
-        may = may[matching_rows(index.examples, where)[may]]
+        may &= matching_rows(index.examples, where)
     found = []
     for start in range(0, len(rows), TOGETHER):
         own = rows[start : start + TOGETHER]
-        similarity, errors = cosines(compared(index, step, own), index.bits, index.width)  # [n, N]
-        if by == "inner_product":
-            norms = index.norms(step)
-            products = norms[own, None] * norms
-            similarity, errors = similarity * products, errors * products
-        found += [
-            _best(index, may[may != row], near, error, k, threshold)
-            for row, near, error in zip(own, similarity, errors, strict=True)
-        ]
+        codes, norms = index.codes.codes(step, own), index.codes.norms_of(step, own)
+        asked = Compared(rows=own, codes=codes, norms=norms, by=by, k=k, threshold=threshold)
+        near, coverage = index.reader.nearest(step, asked, kept=may, deadline=deadline)
+        found += [_neighbors(index, each, coverage.share) for each in near]
     return found
 
 
@@ -98,30 +96,11 @@ def check_step(index: Index, step: int | None) -> None:
         raise ValueError(f"step {step} does not exist; expected 0 to {index.num_steps - 1}, or none for the total")
 
 
-def compared(index: Index, step: int | None, rows: np.ndarray) -> np.ndarray:
-    """Agreements of these rows' codes with those of all, float32 [n, N]."""
-    own, out = index.codes(step, rows), np.zeros((len(rows), index.num_rows), np.float32)
-    norms = index.norms(step)
-
-    def fill(block: range) -> None:
-        out[:, block.start : block.stop] = agreements(
-            index.codes(step, np.arange(block.start, block.stop)), own, index.bits
-        ).T
-
-    in_threads(fill, index.blocks())
-    out[:, norms == 0] = 0
-    out[norms[rows] == 0] = 0
-    return out
-
-
-def _best(
-    index: Index, rows: np.ndarray, similarity: np.ndarray, errors: np.ndarray, k: int | None, threshold: float | None
-) -> Neighbors:
-    near = rows if threshold is None else rows[similarity[rows] >= threshold]
-    near = near[np.argsort(-similarity[near], kind="stable")][:k]
+def _neighbors(index: Index, near: Near, coverage: float) -> Neighbors:
     return Neighbors(
-        example_ids=tuple(index.examples["id"].take(pa.array(near)).to_pylist()),
-        rows=near,
-        similarities=similarity[near],
-        standard_errors=errors[near],
+        example_ids=tuple(index.examples["id"].take(pa.array(near.rows)).to_pylist()),
+        rows=near.rows,
+        similarities=near.similarities,
+        standard_errors=near.standard_errors,
+        coverage=coverage,
     )

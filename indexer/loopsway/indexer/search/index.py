@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import and_
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +28,11 @@ from ..store.generation import ROW_AXES, Generation
 from ..store.manifest import Manifest, checkpoint_digests
 from .device_scan import DeviceScan, device_scan
 from .filters import matching_rows
-from .joined import JoinedSlot
 from .queries import checked_sketches, chosen_steps, query_vectors
 from .ranking import TOTAL, Example, Influencers, Pair, Ranked, Ranking, Scores, pairs, slot_name
-from .slot import inner_products, open_slots
+from .reading import CodeReader, Efforts
+from .sharded import Coverage, LocalShards, ShardedReader
+from .slot import inner_products
 
 EXAMPLES, SKIPPED, RECALL = "examples.parquet", "skipped.parquet", "recall.json"
 
@@ -66,7 +68,7 @@ def open_index(
         StorageError: the object store can't be reached, or the cache of its files is too small.
         ValueError: the device is unknown or not available, or device_bytes is negative.
     """
-    return Index(path, generation, device_scan(device, device_bytes), name)
+    return Index(path, generation, device_scan(device, device_bytes), name=name)
 
 
 class Index:
@@ -79,10 +81,17 @@ class Index:
         folder: where it lies.
         name: what it is called.
         manifest: what it is.
+        codes: reads them in this process.
+        reader: reads all of them; through `codes`, unless they are read elsewhere (ray_shards.py).
     """
 
     def __init__(
-        self, path: str | Path, generation: int | None, scan: DeviceScan | None = None, name: str | None = None
+        self,
+        path: str | Path,
+        generation: int | None,
+        scan: DeviceScan | None = None,
+        rows: range | None = None,
+        name: str | None = None,
     ) -> None:
         self.folder = open_folder(path)
         self.name = name or self.folder.address.rpartition("/")[2].removesuffix(".index")
@@ -91,13 +100,8 @@ class Index:
         self._check_files()
         self._stored = [Generation(self.folder / part.folder, part.plan) for part in self.manifest.parts]
         self._is_deleted = self._read_deleted()
-        parts = [
-            open_slots(stored, part.own_files, np.flatnonzero(deleted), scan)
-            for part, stored, deleted in zip(
-                self.manifest.parts, self._stored, self._by_part(self._is_deleted), strict=True
-            )
-        ]
-        self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
+        self.codes = CodeReader(self.manifest, self._stored, self._is_deleted, scan, rows)
+        self.reader = ShardedReader(LocalShards([self.codes]))
 
     @property
     def path(self) -> Path | str:
@@ -231,11 +235,7 @@ class Index:
     @property
     def _starts(self) -> list[int]:
         """The first row of each part."""
-        return np.cumsum([0, *(part.plan.num_examples for part in self.manifest.parts)])[:-1].tolist()
-
-    def _by_part(self, values: np.ndarray) -> list[np.ndarray]:
-        """Values of all rows, [N], part by part."""
-        return np.split(values, self._starts[1:])
+        return [rows.start for rows in self.manifest.part_rows()]
 
     def _read_deleted(self) -> np.ndarray:
         is_deleted = np.zeros(self.num_rows, bool)
@@ -259,7 +259,7 @@ class Index:
         Their inner products with a query's sketch are the influences that searches give.
         """
         slots = [*range(self.num_steps), None]
-        decoded = np.stack([self._slots[slot].rows(rows) for slot in slots], axis=1)
+        decoded = np.stack([self.codes.decoded(slot, rows) for slot in slots], axis=1)
         return rotate_back(torch.from_numpy(decoded), self.config.seed, self.config.rotations).numpy()
 
     def live_rows(self) -> np.ndarray:
@@ -282,31 +282,15 @@ class Index:
 
     def blocks(self) -> list[range]:
         """Rows that lie together, block by block: all of them, deleted ones included."""
-        return [
-            range(start + rows.start, start + rows.stop)
-            for part, start in zip(self.manifest.parts, self._starts, strict=True)
-            for rows in map(part.plan.rows_of, range(part.plan.num_blocks))
-        ]
-
-    def codes(self, step: int | None, rows: np.ndarray) -> np.ndarray:
-        """Codes of these rows at a step, or of their totals, [n, L]."""
-        return self._slots[step].codes(rows)
-
-    def decoded(self, step: int | None, rows: np.ndarray) -> np.ndarray:
-        """What these rows' codes stand for, rotated, float32 [n, W]."""
-        return self._slots[step].rows(rows)
-
-    def norms(self, step: int | None) -> np.ndarray:
-        """Norms of all sketches at a step, or of their totals, float32 [N]."""
-        return self._slots[step].norms
+        return self.manifest.blocks()
 
     def step_norms(self) -> np.ndarray:
         """Norms of all sketches, float32 [S, N]."""
-        return np.stack([self._slots[step].norms for step in range(self.num_steps)])
+        return np.stack([self.codes.norms(step) for step in range(self.num_steps)])
 
     def total_norms(self) -> np.ndarray:
         """Norms of the sketches summed over steps, float32 [N]."""
-        return self._slots[None].norms
+        return self.codes.norms(None)
 
     def example(self, row: int) -> Example:
         """The example in this row."""
@@ -336,11 +320,14 @@ class Index:
 
     def warm_up(self) -> None:
         """Reads what exact searches read, or fetches it, so that the first is as fast as later ones."""
-        for stored in self._stored:
-            stored.read_ahead()
+        self.reader.warm_up()
         noise = np.random.default_rng(0).standard_normal((self.num_steps, self.width)).astype(np.float32)
         for resolve in ("query_step", "train_step"):
             self.search(noise, resolve=resolve)
+
+    def close(self) -> None:
+        """Lets go of readers elsewhere; searches of this process's own need no closing."""
+        self.reader.close()
 
     def search(
         self,
@@ -352,6 +339,7 @@ class Index:
         where: str | None = None,
         exact: bool = True,
         go_on: Callable[[], object] | None = None,
+        deadline: float | None = None,
     ) -> Any:
         """The strongest proponents and opponents of each query, in total and at each step.
 
@@ -366,6 +354,8 @@ class Index:
                 FAISS indices, as many as the build found to be enough, unless `where` leaves too few rows for them. The
                 answer's `recall` says which it was.
             go_on: called before each costly part, the scan of one slot. What it raises ends the search.
+            deadline: when to stop waiting for shards elsewhere, by `time.monotonic()`: the answer's `coverage` says how
+                many answered. None: when they are given up anyway.
 
         Returns:
             A Ranking, or a list of Q of them.
@@ -373,6 +363,7 @@ class Index:
         Raises:
             FilterError: the filter can't be read, or does not fit the columns.
             ValueError: the sketches' shape or values, k, resolve or steps; the text says which.
+            ShardsUnavailableError: no shard answered.
         """
         sketches, single = checked_sketches(query_sketches, self.width)
         if k < 1:
@@ -382,13 +373,18 @@ class Index:
         vectors = query_vectors(sketches, self.config)
         kept = None if where is None else matching_rows(self.examples, where)
         asked = {Pair(None, TOTAL), *(wanted[step] for step in chosen)}
-        recall = 1.0 if exact else self._least_recall({pair.slot for pair in asked})
-        found = self._search_pairs(asked, vectors, k, kept=kept, exact=exact, go_on=go_on)
+        slots = {pair.slot for pair in asked}
+        exact = exact or self.reader.reads_everything
+        efforts = None if exact else {slot: self._efforts(slot) for slot in slots}
+        found, coverage = self._search_pairs(
+            asked, vectors, k, kept=kept, efforts=efforts, deadline=deadline, go_on=go_on
+        )
         rankings = [
             Ranking(
                 total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
                 steps=tuple(self._influencers(step, *found[wanted[step]][query], k) for step in chosen),
-                recall=recall,
+                recall=1.0 if exact else self._least_recall(slots),
+                coverage=coverage.share,
             )
             for query in range(len(sketches))
         ]
@@ -401,6 +397,7 @@ class Index:
         *,
         where: str | None = None,
         go_on: Callable[[], object] | None = None,
+        deadline: float | None = None,
     ) -> Scores:
         """The influence of every example, in total and at each step; it takes 8 (S + 1) Q n bytes.
 
@@ -409,9 +406,10 @@ class Index:
             resolve: as in `search`.
             where: as in `search`.
             go_on: as in `search`.
+            deadline: as in `search`; examples of shards that did not answer are left out.
 
         Raises:
-            FilterError, ValueError: as `search`.
+            FilterError, ValueError, ShardsUnavailableError: as `search`.
         """
         sketches, _ = checked_sketches(query_sketches, self.width)
         steps = pairs(resolve, self.num_steps, sketches.shape[1])
@@ -421,17 +419,28 @@ class Index:
         if where is not None:
             rows = rows[matching_rows(self.examples, where)[rows]]
         influences = np.empty((len(sketches), len(wanted), len(rows)), np.float32)
-        errors = np.empty_like(influences)
+        errors, coverages = np.empty_like(influences), list[Coverage]()
         for slot in {pair.slot for pair in wanted}:
             if go_on is not None:
                 go_on()
             mine = [place for place, pair in enumerate(wanted) if pair.slot == slot]
             queries = vectors[:, [wanted[place].query for place in mine]]  # [Q, pairs, W]
-            scores = self._slots[slot].scores(queries.reshape(-1, self.width))[:, rows]
-            influences[:, mine] = scores.reshape(len(sketches), len(mine), -1)
+            scores, coverage = self.reader.scores(slot, queries.reshape(-1, self.width), deadline=deadline)
+            coverages.append(coverage)
+            influences[:, mine] = scores[:, rows].reshape(len(sketches), len(mine), -1)
             norms = np.linalg.norm(queries, axis=2)[:, :, None]
-            errors[:, mine] = self._errors(influences[:, mine], self._slots[slot].norms_of(rows), norms)
-        return Scores(rows=rows, steps=(None, *range(len(steps))), influences=influences, standard_errors=errors)
+            errors[:, mine] = self._errors(influences[:, mine], self.codes.norms_of(slot, rows), norms)
+        coverage = reduce(and_, coverages)
+        if coverage.share < 1:
+            covered = coverage.covers(rows)
+            rows, influences, errors = rows[covered], influences[..., covered], errors[..., covered]
+        return Scores(
+            rows=rows,
+            steps=(None, *range(len(steps))),
+            influences=influences,
+            standard_errors=errors,
+            coverage=coverage.share,
+        )
 
     def trajectories(
         self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
@@ -471,14 +480,14 @@ class Index:
         else:
             wanted = pairs(resolve, self.num_steps, query_steps)
         vectors = query_vectors(sketches, self.config)  # [Q, T + 1, W]
-        decoded = {slot: self._slots[slot].rows(rows) for slot in {pair.slot for pair in wanted}}
+        decoded = {slot: self.codes.decoded(slot, rows) for slot in {pair.slot for pair in wanted}}
         influences = np.stack(
             [inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2
         )  # [Q, n, .]
         norms = np.linalg.norm(vectors, axis=2)
         errors = np.stack(
             [
-                self._errors(influences[:, :, place], self._slots[pair.slot].norms_of(rows), norms[:, pair.query, None])
+                self._errors(influences[:, :, place], self.codes.norms_of(pair.slot, rows), norms[:, pair.query, None])
                 for place, pair in enumerate(wanted)
             ],
             axis=2,
@@ -495,26 +504,34 @@ class Index:
         k: int,
         *,
         kept: np.ndarray | None,
-        exact: bool,
+        efforts: Efforts | None,
+        deadline: float | None,
         go_on: Callable[[], object] | None,
-    ) -> dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    ) -> tuple[dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]], Coverage]:
         """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
-        found = {}
-        for slot in {pair.slot for pair in wanted}:
+        found, mine = {}, {pair.slot: list[Pair]() for pair in wanted}
+        for pair in sorted(wanted, key=lambda pair: pair.query):
+            mine[pair.slot].append(pair)
+        asked = {  # [pairs * Q, W] of each slot
+            slot: np.concatenate([vectors[:, pair.query] for pair in own]) for slot, own in mine.items()
+        }
+        ranked, coverages = dict[int | None, Any](), list[Coverage]()
+        # Shards are asked for all slots at once; one reading can end between two.
+        for part in [asked] if self.reader.reads_everything else [{slot: asked[slot]} for slot in asked]:
             if go_on is not None:
                 go_on()
-            mine = sorted(pair for pair in wanted if pair.slot == slot)
-            queries = np.concatenate([vectors[:, pair.query] for pair in mine])  # [pairs * Q, W]
-            efforts = None if exact else self._efforts(slot)
-            ranked = self._slots[slot].search(queries, k, kept=kept, efforts=efforts)
+            of_part, coverage = self.reader.search(part, k, kept=kept, efforts=efforts, deadline=deadline)
+            ranked |= of_part
+            coverages.append(coverage)
+        for slot, queries in asked.items():
             norms = np.linalg.norm(queries, axis=1)
             answers = [
-                (rows, scores, self._errors(scores, self._slots[slot].norms_of(rows), norm))
-                for (rows, scores), norm in zip(ranked, norms, strict=True)
+                (rows, scores, self._errors(scores, self.codes.norms_of(slot, rows), norm))
+                for (rows, scores), norm in zip(ranked[slot], norms, strict=True)
             ]
-            for place, pair in enumerate(mine):
+            for place, pair in enumerate(mine[slot]):
                 found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
-        return found
+        return found, reduce(and_, coverages)
 
     def _efforts(self, slot: int | None) -> list[int]:
         """That the build found each part's FAISS indices to need; 1 where an earlier version built them."""

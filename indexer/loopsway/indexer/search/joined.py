@@ -59,8 +59,9 @@ class JoinedSlot:
         kept: np.ndarray | None = None,
         efforts: Sequence[int] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `Slot.search`, over all parts; each has its own effort."""
-        own = [None] * len(self._slots) if kept is None else np.split(kept, self._starts[1:-1])
+        """As `Slot.search`, over all parts; each has its own effort. Of rows that are not read it tells nothing."""
+        lengths = [len(slot.within) for slot in self._slots]
+        own = [None] * len(self._slots) if kept is None else np.split(kept, np.cumsum(lengths)[:-1])
         each = [None] * len(self._slots) if efforts is None else efforts
         found = [
             slot.search(queries, k, kept=part, effort=effort)

@@ -52,6 +52,15 @@ class Ranked:
         """Bool [n]: whether the influence lies beyond two standard errors of zero."""
         return is_significant(self.influences, self.standard_errors)
 
+    def first(self, count: int) -> Ranked:
+        """The strongest of them."""
+        return Ranked(
+            example_ids=self.example_ids[:count],
+            rows=self.rows[:count],
+            influences=self.influences[:count],
+            standard_errors=self.standard_errors[:count],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Influencers:
@@ -77,11 +86,14 @@ class Ranking:
         steps: one by one.
         recall: 1 when every code was read: the answer is the exact top k of them. Else the least recall@10 that the
             build measured, without a filter, of the steps that were asked.
+        coverage: shards that answered, of those that were asked; 1 in one process. Below 1, it is the answer without
+            the examples of those that did not.
     """
 
     total: Influencers
     steps: tuple[Influencers, ...]
     recall: float = 1.0
+    coverage: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,12 +105,14 @@ class Scores:
         steps: S + 1 of them: None, the total, and then steps as in `Influencers`.
         influences: float32 [Q, S + 1, n].
         standard_errors: float32 [Q, S + 1, n].
+        coverage: as in `Ranking`.
     """
 
     rows: np.ndarray
     steps: tuple[int | None, ...]
     influences: np.ndarray
     standard_errors: np.ndarray
+    coverage: float = 1.0
 
 
 class Pair(NamedTuple):

@@ -1,6 +1,6 @@
 """Top-k search over the stored rows of one slot: a scan finds candidates, the codes themselves decide.
 
-N rows, M queries, W width, k results of each sign.
+N rows, R of them that are read, M queries, W width, k results of each sign.
 
 By default every code is read (scan.py, or device_scan.py); an approximate search takes candidates from FAISS indices
 (shards.py). Whatever finds candidates, they are scored again with the codes and the float32 query.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class Slot:
         deleted: rows that no search finds.
         device_scan: reads the codes in an exact search; None: the processor does.
         factory: of the FAISS indices that `build` makes.
+        within: the only rows that `search` and `scores` read, R whole blocks; None: all. Rows keep their numbers.
+
+    Attributes:
+        step: its number; None is the total.
+        factors: float32 [N].
+        norms: float32 [N].
+        within: the rows that `search` and `scores` read.
     """
 
     def __init__(
@@ -52,15 +59,22 @@ class Slot:
         deleted: np.ndarray | None = None,
         device_scan: DeviceScan | None = None,
         factory: str | None = None,
+        within: range | None = None,
     ) -> None:
         self.step, self.factors, self.norms = step, factors, norms
+        self.within = range(len(factors)) if within is None else within
         self._generation, self._bits = generation, generation.plan.config.bits
         self._shards = Shards(generation, step, norms=norms, files=files, factory=factory)
         self._kept: np.ndarray | None = None
         if deleted is not None and len(deleted):
-            self._kept = np.ones(len(factors), bool)
-            self._kept[deleted] = False
+            kept = np.ones(len(factors), bool)
+            kept[deleted] = False
+            self._kept = kept[self._own]
         self._device_scan = device_scan
+
+    @property
+    def _own(self) -> slice:
+        return slice(self.within.start, self.within.stop)
 
     def codes(self, rows: np.ndarray) -> np.ndarray:
         """Codes of these rows, [n, L]."""
@@ -74,7 +88,7 @@ class Slot:
         """All decoded rows in order, or those of one shard, a block at a time, float32 [n, W]."""
         plan = self._generation.plan
         rows = range(plan.num_examples) if rows is None else rows
-        for block in range(rows.start // plan.block_rows, -(-rows.stop // plan.block_rows)):
+        for block in plan.blocks_of(rows):
             own = plan.rows_of(block)
             factors = self.factors[own.start : own.stop]
             yield decode(self._generation.block_codes(self.step, block), factors, self._bits)
@@ -105,9 +119,9 @@ class Slot:
 
         Args:
             queries: float32 [M, W].
-            k: at most this many of each; N if there are fewer.
-            kept: bool [N], rows that may be found beside the deleted ones, which never are; None: all.
-            effort: of an approximate search (shards.py), unless too few rows are kept; None: every code is read.
+            k: at most this many of each; fewer if there are no more.
+            kept: bool [R], rows that may be found beside the deleted ones, which never are; None: all.
+            effort: of an approximate search (shards.py) of all rows, unless too few are kept; None: every code is read.
 
         Returns:
             For each query (rows, scores) of its candidates, from the largest score to the smallest, then by row. The
@@ -117,7 +131,7 @@ class Slot:
         if kept is not None and self._kept is not None:
             kept = kept & self._kept
         kept = self._kept if kept is None else kept
-        if kept is not None and not kept.any():
+        if not self.within or (kept is not None and not kept.any()):
             return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         if effort is not None and self._shards.can_search_within(kept):
             candidates = self._shards.candidates(queries, k, effort=effort, kept=kept)
@@ -126,40 +140,52 @@ class Slot:
         return [answer for part in parts for answer in self._scanned(part, k, kept)]
 
     def _scanned(self, queries: np.ndarray, k: int, kept: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows = self._rows_to_scan(kept)
+        rows, first = self._rows_to_scan(kept), self.within.start
+        scored = partial(self._scored, first=first)
         if self._device_scan is None:
-            return scan(queries, self._bits, rows, k, self._scored)
-        name = (self._generation.folder.address, self.step)
-        return self._device_scan.scan(name, queries, self._bits, rows, k, self._scored)
+            found = scan(queries, self._bits, rows, k, scored)
+        else:
+            name = (self._generation.folder.address, self.step)
+            found = self._device_scan.scan(name, queries, self._bits, rows, k, scored)
+        return [(places + first, scores) for places, scores in found]
 
-    def _scored(self, query: np.ndarray) -> Scored:
-        """Gives the scores, float64 [n], of rows."""
+    def _scored(self, query: np.ndarray, first: int = 0) -> Scored:
+        """Gives the scores, float64 [n], of rows that are numbered from `first` on."""
         products = exact_products(query[None], self._bits)
         at_once = max(1, SCORED_BYTES // row_bytes(self._generation.plan.width, self._bits))
 
         def scored(rows: np.ndarray) -> np.ndarray:
+            rows = rows + first
             parts = np.split(rows, range(at_once, len(rows), at_once))
             return np.concatenate([products(self.codes(part))[:, 0] for part in parts]) * self.factors[rows]
 
         return scored
 
     def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
-        plan = self._generation.plan
+        """Numbered from the first that may be read."""
+        first, blocks = self.within.start, self._blocks
+        rows_of = self._generation.plan.rows_of
         return Rows(
-            blocks=[plan.rows_of(block) for block in range(plan.num_blocks)],
-            codes=lambda block: self._generation.mapped_codes(self.step, block),
-            factors=self.factors,
+            blocks=[range(rows_of(block).start - first, rows_of(block).stop - first) for block in blocks],
+            codes=lambda block: self._generation.mapped_codes(self.step, blocks[block]),
+            factors=self.factors[self._own],
             longest=self._longest,
             kept=kept,
         )
+
+    @property
+    def _blocks(self) -> range:
+        """Numbers of those that may be read."""
+        return self._generation.plan.blocks_of(self.within)
 
     @cached_property
     def _longest(self) -> float:
         """Length of the longest row of codes."""
         if self._bits == 1:
             return math.sqrt(self._generation.plan.width)
-        live = self.factors > 0
-        lengths = self.norms[live] / self.factors[live]  # but for what coding took from the row
+        factors, norms = self.factors[self._own], self.norms[self._own]
+        live = factors > 0
+        lengths = norms[live] / factors[live]  # but for what coding took from the row
         return float(lengths.max(initial=0)) * math.sqrt(variance_factor(self._bits))
 
     def _ranked(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -170,16 +196,16 @@ class Slot:
         return ranked(rows, self._scored(query)(rows))
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
-        """Estimated inner products of all rows with rotated queries [M, W]; float32 [M, N], as `search` scores them."""
+        """Estimated inner products of rows with rotated queries [M, W]; float32 [M, R], as `search` scores them."""
         plan, products = self._generation.plan, exact_products(queries, self._bits)
-        out = np.empty((len(queries), plan.num_examples), np.float32)
+        out = np.empty((len(queries), len(self.within)), np.float32)
 
         def fill(block: int) -> None:
-            own = slice(plan.rows_of(block).start, plan.rows_of(block).stop)
+            own, first = plan.rows_of(block), self.within.start
             codes = self._generation.mapped_codes(self.step, block)
-            out[:, own] = products(codes).T * self.factors[own]
+            out[:, own.start - first : own.stop - first] = products(codes).T * self.factors[own.start : own.stop]
 
-        in_threads(fill, range(plan.num_blocks))
+        in_threads(fill, self._blocks)
         return out
 
 
@@ -195,6 +221,7 @@ def open_slots(
     device_scan: DeviceScan | None = None,
     *,
     factory: str | None = None,
+    within: range | None = None,
 ) -> dict[int | None, Slot]:
     """The slots of a generation, by step, the total under None; their FAISS indices are not loaded yet.
 
@@ -204,6 +231,7 @@ def open_slots(
         deleted: rows that no search finds.
         device_scan: of exact searches; None: they run on the processor.
         factory: of the FAISS indices that they build.
+        within: as `Slot`.
     """
     table = open_row_table(generation, files)
     steps: list[int | None] = [*range(generation.plan.num_steps), None]
@@ -217,6 +245,7 @@ def open_slots(
             deleted=deleted,
             device_scan=device_scan,
             factory=factory,
+            within=within,
         )
         for step, factors, norms in zip(steps, table.factors, table.norms, strict=True)
     }

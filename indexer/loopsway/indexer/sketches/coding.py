@@ -217,4 +217,4 @@ def _unpack(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 1:
         return np.unpackbits(codes, axis=1, bitorder="little")
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((codes[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(codes), -1)
+    return ((codes[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(codes), 8 // bits * codes.shape[1])

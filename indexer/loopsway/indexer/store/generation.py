@@ -283,10 +283,10 @@ class Generation:
             raise self._damaged(chunk, "does not match its digest")
         return codes.reshape(-1, self._length)
 
-    def read_ahead(self) -> None:
-        """Maps the codes of all blocks and asks the system to read them."""
+    def read_ahead(self, rows: range) -> None:
+        """Maps the codes of these rows' blocks and asks the system to read them."""
         for step in (*range(self.plan.num_steps), None):
-            for block in range(self.plan.num_blocks):
+            for block in self.plan.blocks_of(rows):
                 codes: Any = self._map(step, block).base
                 codes.base.madvise(mmap.MADV_WILLNEED)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ class Plan:
     @property
     def num_blocks(self) -> int:
         return -(-self.num_examples // self.block_rows)
+
+    def blocks_of(self, rows: range) -> range:
+        """Numbers of the blocks that hold these rows."""
+        return range(rows.start // self.block_rows, -(-rows.stop // self.block_rows)) if rows else range(0)
 
     def rows_of(self, block: int) -> range:
         return range(block * self.block_rows, min((block + 1) * self.block_rows, self.num_examples))
@@ -180,6 +185,19 @@ class Manifest:
     def num_rows(self) -> int:
         """Deleted ones included."""
         return sum(part.plan.num_examples for part in self.parts)
+
+    def part_rows(self) -> list[range]:
+        """Rows of each part, numbered through."""
+        ends = list(accumulate(part.plan.num_examples for part in self.parts))
+        return [range(end - part.plan.num_examples, end) for part, end in zip(self.parts, ends, strict=True)]
+
+    def blocks(self) -> list[range]:
+        """Rows that lie together, block by block, numbered through."""
+        return [
+            range(own.start + rows.start, own.start + rows.stop)
+            for part, own in zip(self.parts, self.part_rows(), strict=True)
+            for rows in map(part.plan.rows_of, range(part.plan.num_blocks))
+        ]
 
     @property
     def all_files(self) -> dict[str, FileFacts]:

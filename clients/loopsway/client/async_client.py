@@ -1,0 +1,232 @@
+"""`AsyncClient`: the client for asyncio. Requests and results are made in messages.py, as for `Client`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from loopsway.wire import QueryGradients
+
+from . import messages
+from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Patience, channel_options
+from .credentials import Tls, channel_credentials
+from .errors import error_from_rpc
+from .gradients import OnBytes, gradient_requests
+from .messages import By, Resolve, TrajectoryResolve
+from .queries import Query, SketchQuery
+from .results import IndexInfo, InfluenceResult, Neighbor, ScoreChunk, Trajectories
+from .streaming import Answer, OnAnswered, Outgoing, streamed_async
+
+_Response = TypeVar("_Response")
+
+
+class AsyncClient:
+    """Asks a Loopsway server from asyncio: the methods of `Client`, awaited. Use it within one event loop.
+
+    A call that is cancelled is cancelled on the server too, and costs it nothing if it was still waiting there.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        overload_retries: int = 2,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Makes the client; arguments as for `Client`."""
+        self._target = target
+        self._timeout_s = timeout_s
+        self._overload_retries = overload_retries
+        options, credentials = channel_options(target, max_message_bytes), channel_credentials(target, token, tls)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=options)
+        self._stub = AttributionStub(self._channel)
+
+    async def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
+        """As `Client.get_index`."""
+        request = pb.GetIndexRequest(index=index)
+        return messages.index_info((await self._call(self._stub.GetIndex, request, timeout_s)).index)
+
+    async def find_influences(
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int = 10,
+        num_proponents: int | None = None,
+        num_opponents: int | None = None,
+        resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
+        where: str = "",
+        exact: bool = True,
+        trajectories: bool = False,
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> list[InfluenceResult]:
+        """As `Client.find_influences`."""
+        request = messages.influences_request(
+            queries,
+            k=k,
+            num_proponents=num_proponents,
+            num_opponents=num_opponents,
+            resolve=resolve,
+            steps=steps,
+            where=where,
+            exact=exact,
+            trajectories=trajectories,
+            index=index,
+        )
+        return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
+
+    def stream_influences(
+        self,
+        queries: Iterable[Query] | AsyncIterable[Query],
+        *,
+        batch: int = 16,
+        k: int = 10,
+        num_proponents: int | None = None,
+        num_opponents: int | None = None,
+        resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
+        where: str = "",
+        exact: bool = True,
+        trajectories: bool = False,
+        index: str = "",
+        on_progress: OnAnswered | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Answer]:
+        """As `Client.stream_influences`, for `async for`; queries may be asynchronous too."""
+        template = messages.influences_request(
+            (),
+            k=k,
+            num_proponents=num_proponents,
+            num_opponents=num_opponents,
+            resolve=resolve,
+            steps=steps,
+            where=where,
+            exact=exact,
+            trajectories=trajectories,
+            index=index,
+        )
+        return streamed_async(
+            self._stub.StreamInfluences,
+            queries,
+            Outgoing(template, batch),
+            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+            on_progress=on_progress,
+            target=self._target,
+        )
+
+    async def get_trajectories(
+        self,
+        queries: Sequence[Query],
+        example_ids: Sequence[str],
+        *,
+        resolve: TrajectoryResolve = "query_step",
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> Trajectories:
+        """As `Client.get_trajectories`."""
+        request = messages.trajectories_request(queries, example_ids, resolve, index)
+        return messages.trajectories(await self._call(self._stub.GetTrajectories, request, timeout_s))
+
+    async def list_indices(self, *, timeout_s: float | None = None) -> list[IndexInfo]:
+        """As `Client.list_indices`."""
+        response = await self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s)
+        return [messages.index_info(index) for index in response.indices]
+
+    async def score_examples(
+        self,
+        queries: Sequence[Query],
+        *,
+        resolve: Resolve = "query_step",
+        where: str = "",
+        top_share: float | None = None,
+        bottom_share: float | None = None,
+        least_magnitude: float = 0.0,
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[ScoreChunk]:
+        """As `Client.score_examples`."""
+        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        try:
+            async for response in stream:
+                yield messages.score_chunk(response)
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, self._target) from failure
+        finally:
+            stream.cancel()  # whoever stops reading leaves nothing behind on the server
+
+    async def find_neighbors(
+        self,
+        example_ids: Sequence[str],
+        *,
+        k: int = 10,
+        by: By = "cosine",
+        step: int | None = None,
+        threshold: float | None = None,
+        where: str = "",
+        index: str = "",
+        timeout_s: float | None = None,
+    ) -> list[tuple[Neighbor, ...]]:
+        """As `Client.find_neighbors`."""
+        request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
+        return messages.neighbors(await self._call(self._stub.FindNeighbors, request, timeout_s))
+
+    async def sketch_queries(
+        self, queries: Sequence[Query], *, index: str = "", timeout_s: float | None = None
+    ) -> list[SketchQuery]:
+        """As `Client.sketch_queries`."""
+        request = messages.sketches_request(queries, index)
+        return messages.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s))
+
+    async def sketch_gradients(
+        self,
+        gradients: QueryGradients,
+        *,
+        index: str = "",
+        on_progress: OnBytes | None = None,
+        timeout_s: float | None = None,
+    ) -> SketchQuery:
+        """As `Client.sketch_gradients`."""
+        requests = gradient_requests(gradients, index, on_progress)
+        return messages.sketch_query(await self._call(self._stub.SketchGradients, requests, timeout_s))
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self, method: Callable[..., Awaitable[_Response]], request: Any, timeout_s: float | None
+    ) -> _Response:
+        patience = self._patience(request, timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=patience.left_s())
+            except grpc.RpcError as failure:
+                wait_s = patience.wait_s(error_from_rpc(failure, self._target))
+            await asyncio.sleep(wait_s)
+
+    def _patience(self, request: Any, timeout_s: float | None) -> Patience:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Patience(self._overload_retries, timeout_s, repeatable=isinstance(request, Message))

@@ -1,0 +1,222 @@
+"""Many queries in one stream: sent batch by batch, no faster than they are answered, and answered in their order.
+
+What is in memory is bounded: WINDOW batches are sent ahead of the answers that were taken, and answers are taken one
+batch at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from loopsway.v1 import attribution_pb2 as pb
+
+from . import messages
+from .errors import DeadlineError, InvalidQueryError, LoopswayError, error_from_failure, error_from_rpc
+from .queries import Query
+from .results import InfluenceResult
+
+WINDOW = 8
+POLL_S = 0.2
+END: Any = grpc.aio.EOF  # pyright: ignore  # not in its stubs
+
+OnAnswered: TypeAlias = Callable[[int], object]
+Answer: TypeAlias = InfluenceResult | LoopswayError
+
+
+class Outgoing:
+    """What was sent and is not answered yet.
+
+    Args:
+        template: of each batch's request, without queries.
+        batch: queries in a batch.
+
+    Attributes:
+        error: that ended the queries early.
+        num_answered: queries.
+    """
+
+    def __init__(self, template: pb.FindInfluencesRequest, batch: int) -> None:
+        if batch < 1:
+            raise InvalidQueryError(f"batch is {batch}, expected at least 1", field="batch")
+        self._template, self.batch = template, batch
+        self._waiting: deque[tuple[int, float]] = deque()  # how many queries, and when they were sent
+        self._last_answer = time.monotonic()
+        self.error: BaseException | None = None
+        self.num_answered = 0
+
+    def request(self, queries: list[Query]) -> pb.StreamInfluencesRequest:
+        request = pb.FindInfluencesRequest()
+        request.CopyFrom(self._template)
+        request.queries.extend(messages.query_messages(queries))
+        self._waiting.append((len(queries), time.monotonic()))
+        return pb.StreamInfluencesRequest(request=request)
+
+    def waited_s(self) -> float:
+        """How long the server has been at the oldest batch; 0 while it has none."""
+        return time.monotonic() - max(self._waiting[0][1], self._last_answer) if self._waiting else 0.0
+
+    def answers(self, response: pb.StreamInfluencesResponse) -> list[Answer]:
+        """One for each query of the oldest batch."""
+        count, _ = self._waiting.popleft()
+        self._last_answer = time.monotonic()
+        self.num_answered += count
+        if response.WhichOneof("outcome") == "failure":
+            return [error_from_failure(response.failure)] * count
+        return list(messages.influence_results(response.response))
+
+
+class _Batches(Iterator[pb.StreamInfluencesRequest]):
+    """Requests as they may be sent; iterated by gRPC in a thread of its own."""
+
+    def __init__(self, queries: Iterable[Query], outgoing: Outgoing) -> None:
+        self._queries, self._outgoing = iter(queries), outgoing
+        self.places = threading.Semaphore(WINDOW)
+        self.is_closed = False
+
+    def __next__(self) -> pb.StreamInfluencesRequest:
+        while not self.places.acquire(timeout=POLL_S):
+            if self.is_closed:
+                raise StopIteration
+        if self.is_closed:
+            raise StopIteration
+        try:
+            queries = list(islice(self._queries, self._outgoing.batch))
+            if queries:
+                return self._outgoing.request(queries)
+        except Exception as error:  # the caller's own: it is raised where the caller is
+            self._outgoing.error = error
+        raise StopIteration
+
+
+def streamed(
+    call: Callable[..., Any],
+    queries: Iterable[Query],
+    outgoing: Outgoing,
+    *,
+    timeout_s: float,
+    on_progress: OnAnswered | None,
+    target: str,
+) -> Iterator[Answer]:
+    """Each query's answer, in order.
+
+    Args:
+        call: the stub's method.
+        queries: read as they can be sent, in another thread.
+        outgoing: new.
+        timeout_s: how long the server may take over a batch.
+        on_progress: called with the number of queries answered so far.
+        target: the server, for messages.
+    """
+    batches, is_late, is_done = _Batches(queries, outgoing), threading.Event(), threading.Event()
+    stream = call(batches)
+
+    def watch() -> None:
+        while not is_done.wait(min(POLL_S, timeout_s)):
+            if outgoing.waited_s() > timeout_s:
+                is_late.set()
+                stream.cancel()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for response in stream:
+            answers = outgoing.answers(response)
+            if on_progress is not None:
+                on_progress(outgoing.num_answered)
+            yield from answers
+            batches.places.release()
+    except grpc.RpcError as failure:
+        raise _ending(failure, outgoing, target, timeout_s if is_late.is_set() else None) from failure
+    finally:
+        batches.is_closed = True
+        is_done.set()
+        stream.cancel()  # whoever stops reading leaves nothing behind on the server
+    if outgoing.error is not None:
+        raise outgoing.error
+
+
+async def streamed_async(
+    call: Callable[..., Any],
+    queries: Iterable[Query] | AsyncIterable[Query],
+    outgoing: Outgoing,
+    *,
+    timeout_s: float,
+    on_progress: OnAnswered | None,
+    target: str,
+) -> AsyncIterator[Answer]:
+    """As `streamed`, within an event loop."""
+    places = asyncio.Semaphore(WINDOW)
+    stream = call(_batches(queries, outgoing, places))
+    try:
+        while (response := await _read(stream, outgoing, timeout_s)) is not END:
+            answers = outgoing.answers(response)
+            if on_progress is not None:
+                on_progress(outgoing.num_answered)
+            for answer in answers:
+                yield answer
+            places.release()
+    except grpc.RpcError as failure:
+        raise _ending(failure, outgoing, target, None) from failure
+    finally:
+        stream.cancel()
+    if outgoing.error is not None:
+        raise outgoing.error
+
+
+async def _batches(
+    queries: Iterable[Query] | AsyncIterable[Query], outgoing: Outgoing, places: asyncio.Semaphore
+) -> AsyncIterator[pb.StreamInfluencesRequest]:
+    source = aiter(queries) if isinstance(queries, AsyncIterable) else _asynchronous(queries)
+    is_last = False
+    while not is_last:
+        await places.acquire()
+        found: list[Query] = []
+        try:
+            while len(found) < outgoing.batch and not is_last:
+                query = await anext(source, None)
+                is_last = query is None
+                found += [] if query is None else [query]
+            if not found:
+                return
+            request = outgoing.request(found)
+        except Exception as error:  # the caller's own: it is raised where the caller is
+            outgoing.error = error
+            return
+        yield request
+
+
+async def _asynchronous(queries: Iterable[Query]) -> AsyncIterator[Query]:
+    for query in queries:
+        yield query
+
+
+async def _read(stream: Any, outgoing: Outgoing, timeout_s: float) -> Any:
+    """The next response, waited for no longer than the server may take over a batch."""
+    reading = asyncio.ensure_future(stream.read())
+    try:
+        while not reading.done():
+            await asyncio.wait([reading], timeout=min(POLL_S, timeout_s))
+            if not reading.done() and outgoing.waited_s() > timeout_s:
+                raise _too_late(timeout_s)
+        return reading.result()
+    finally:
+        reading.cancel()
+
+
+def _ending(failure: grpc.RpcError, outgoing: Outgoing, target: str, exceeded_s: float | None) -> BaseException:
+    if outgoing.error is not None:
+        return outgoing.error
+    return error_from_rpc(failure, target) if exceeded_s is None else _too_late(exceeded_s)
+
+
+def _too_late(timeout_s: float) -> DeadlineError:
+    return DeadlineError(f"the server took longer than {timeout_s:g} s over a batch; raise timeout_s or lower batch")

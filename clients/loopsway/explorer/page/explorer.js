@@ -1,0 +1,353 @@
+// The page: it keeps what is asked and looked at in the address, asks the server, and draws the answer.
+
+import { Problem, ask } from "./ask.js";
+import { byId, element } from "./elements.js";
+import { drawExample, drawExampleNote } from "./example.js";
+import { count, stepName } from "./numbers.js";
+import { clearProblems, fill, showKind, showProblem, typed } from "./question.js";
+import { drawRankings } from "./rankings.js";
+import { rankingRows, saveCsv, savePng } from "./save.js";
+import { drawSteps } from "./steps.js";
+import { axisTitle, curvesOf, drawLegend, drawTrajectory, trajectoryPng, trajectoryTable } from "./trajectory.js";
+import { questionOf, readView, writeView } from "./view.js";
+
+let indices = [];
+let view = readView(location.search);
+let answer = null; // to the view's question
+let about = null; // of the view's selected example
+let asking = new AbortController();
+let looking = new AbortController();
+let seed = 0;
+
+const actions = { select, query: (id) => askAnew({ ...typed(), kind: "id", query: id }) };
+
+async function start() {
+  clearProblems();
+  try {
+    ({ indices } = await busy("Looking at the server's indices", ask("indices")));
+  } catch (error) {
+    failed(error, start);
+    return;
+  }
+  const label = ({ name, num_examples: size }) => `${name} · ${count(size)} examples`;
+  byId("index").replaceChildren(...indices.map((each) => element("option", { value: each.name }, label(each))));
+  show(readView(location.search));
+}
+
+/** Goes to a view that came from the address. */
+function show(next) {
+  view = { ...next, index: next.index || indices[0]?.name || "" };
+  fill(view);
+  if (view.kind) {
+    run();
+  } else {
+    answer = null;
+    byId("answer").hidden = true;
+    document.title = "Loopsway explorer";
+    byId("pick").open = true;
+    draw();
+  }
+}
+
+function askAnew(next) {
+  view = next;
+  fill(view);
+  history.pushState(null, "", writeView(view));
+  run();
+}
+
+/** Asks the view's question and draws the answer. */
+async function run() {
+  clearProblems();
+  asking.abort();
+  looking.abort();
+  asking = new AbortController();
+  const own = asking;
+  byId("answer").setAttribute("aria-busy", "true");
+  try {
+    const response = await busy("Asking the server", ask("influences", questionOf(view), own.signal));
+    answer = response;
+  } catch (error) {
+    if (own === asking) {
+      byId("answer").hidden = true;
+      failed(error, run);
+    }
+    return;
+  } finally {
+    if (own === asking) {
+      byId("answer").removeAttribute("aria-busy");
+    }
+  }
+  about = null;
+  byId("pick").open = false;
+  byId("answer").hidden = false;
+  if (view.step !== null && view.step >= answer.rankings.length - 1) {
+    view.step = null;
+  }
+  const total = answer.rankings[0];
+  view.selected ??= (total.proponents[0] ?? total.opponents[0])?.example_id ?? null;
+  remember();
+  drawAnswer();
+  const found = total.proponents.length + total.opponents.length;
+  say(found ? `Answered: ${total.proponents.length} proponents and ${total.opponents.length} opponents.`
+    : "Answered: no training example was found.");
+  look();
+}
+
+/** Asks for all about the selected example. */
+async function look() {
+  looking.abort();
+  looking = new AbortController();
+  const own = looking;
+  const id = view.selected;
+  if (id === null) {
+    byId("example").hidden = true;
+    return;
+  }
+  byId("example").hidden = false;
+  drawExampleNote(id, "Looking closer…", { isBusy: true });
+  const { index, query, resolve } = questionOf(view);
+  try {
+    about = await busy(null, ask("example", { index, query, resolve, example_id: id }, own.signal));
+  } catch (error) {
+    if (own === looking && error.name !== "AbortError") {
+      drawExampleNote(id, error.message);
+    }
+    return;
+  }
+  drawCurves();
+  drawSelected();
+}
+
+function select(id) {
+  view.selected = id;
+  about = null;
+  remember();
+  drawCurves();
+  drawStep();
+  look();
+  const panel = byId("example").getBoundingClientRect();
+  if (panel.top > innerHeight * 0.8) {
+    byId("example").scrollIntoView({ block: "start" });
+  }
+}
+
+function chooseStep(step) {
+  view.step = step;
+  remember();
+  drawCurves();
+  drawStep();
+  if (about) {
+    drawSelected();
+  }
+}
+
+/** Writes the view into the address, over the one that is there: looking closer is not a step of the way back. */
+function remember() {
+  history.replaceState(null, "", writeView(view));
+}
+
+// What is drawn of the answer.
+
+function info() {
+  return indices.find(({ name }) => name === view.index) ?? { loop_outside: false, num_steps: 0, num_examples: 0 };
+}
+
+/** The names of the steps that the view resolves. */
+function names() {
+  return answer.rankings.slice(1).map((ranking, _, all) => stepName(ranking.step, all.length, info().loop_outside));
+}
+
+function withoutGradient() {
+  return view.resolve === "train_step" ? [] : answer.query.steps_without_gradient;
+}
+
+function questionText() {
+  return view.kind === "id" ? `training example ${view.query}` : view.query;
+}
+
+function drawAnswer() {
+  document.title = `${questionText()} · Loopsway explorer`;
+  byId("asked").replaceChildren(
+    "What shaped the answer to ", element("span", { class: "mono" }, questionText()),
+  );
+  const { num_examples: size, bits, width } = info();
+  const losses = answer.query.losses.map((loss) => loss.toPrecision(3));
+  byId("facts").textContent = [
+    `${answer.query.num_steps} steps`,
+    losses.length ? `loss ${losses.length > 1 ? `${losses[0]} → ${losses.at(-1)}` : losses[0]}` : null,
+    `${answer.index}, generation ${answer.generation}: ${count(size)} examples`,
+    `${bits} bit${bits > 1 ? "s" : ""} × ${count(width)}`,
+    view.where ? `where ${view.where}` : null,
+  ].filter(Boolean).join("  ·  ");
+  const artefact = byId("artefact");
+  artefact.hidden = withoutGradient().length === 0;
+  artefact.textContent =
+    `Training ran without a gradient at step ${withoutGradient().join(", ")}: zeros there are an artefact, no finding.`;
+  byId("axis").textContent = axisTitle(view.resolve);
+  drawCurves();
+  drawStep();
+}
+
+function drawCurves() {
+  const curves = curvesOf(answer, about ?? { example_id: view.selected });
+  drawLegend(curves, select);
+  drawTrajectory(curves, view, names(), withoutGradient(), chooseStep);
+  const data = byId("trajectory-data");
+  data.querySelector(".scroll")?.remove();
+  if (data.open) {
+    data.append(trajectoryTable(curves, names(), view.resolve));
+  }
+}
+
+function drawStep() {
+  const total = answer.rankings[0];
+  const tags = new Map();
+  total.proponents.forEach((each, rank) => tags.set(each.example_id, `P${rank + 1}`));
+  total.opponents.forEach((each, rank) => tags.set(each.example_id, `O${rank + 1}`));
+  drawSteps(answer, names(), view.step, chooseStep);
+  const ranking = answer.rankings.find(({ step }) => step === view.step);
+  drawRankings(ranking, { stepName: names()[view.step], selected: view.selected, tags, actions });
+}
+
+function drawSelected() {
+  const known = answer.rankings
+    .flatMap((ranking) => [...ranking.proponents, ...ranking.opponents])
+    .find((each) => each.example_id === about.example_id);
+  const called = (size) => [...Array(size).keys()].map((step) => stepName(step, size, info().loop_outside));
+  const matrix = about.matrix.influences;
+  const matrixNames = { train: called(matrix.length), query: called(matrix[0].length) };
+  drawExample(about, known, { names: matrixNames, view, actions });
+}
+
+// What can be asked about, where nothing is yet.
+
+async function draw() {
+  if (!indices.length) {
+    return;
+  }
+  const list = byId("drawn");
+  byId("where-error").replaceChildren();
+  byId("where").removeAttribute("aria-invalid");
+  const { index, where } = typed();
+  try {
+    const { examples } = await busy("Drawing training examples", ask("examples", { index, where, seed }));
+    const items = examples.map((each) =>
+      element(
+        "li",
+        {},
+        element(
+          "button",
+          { type: "button", class: "drawn-example", on: { click: () => actions.query(each.example_id) } },
+          element("span", { class: "mono drawn-text" }, each.description || each.example_id),
+          element("span", { class: "id mono" }, each.example_id),
+        ),
+      ),
+    );
+    list.replaceChildren(...items);
+    if (items.length === 0) {
+      list.append(element("li", { class: "hint" }, "No training example is within the filter."));
+    }
+  } catch (error) {
+    list.replaceChildren();
+    failed(error, draw);
+  }
+}
+
+// Loading and failing.
+
+/** Awaits an answer while the page says so. */
+async function busy(what, answering) {
+  const root = document.documentElement;
+  root.dataset.busy = String(Number(root.dataset.busy ?? 0) + 1);
+  if (what) {
+    say(`${what}…`);
+  }
+  try {
+    return await answering;
+  } finally {
+    const left = Number(root.dataset.busy) - 1;
+    root.dataset.busy = String(left);
+    if (left === 0) {
+      delete root.dataset.busy;
+    }
+  }
+}
+
+function failed(error, again) {
+  if (error.name === "AbortError") {
+    return;
+  }
+  say("");
+  showProblem(error instanceof Problem ? error : new Problem({ detail: `The page failed: ${error.message}` }), again);
+}
+
+function say(text) {
+  byId("status").textContent = text;
+}
+
+// What people do.
+
+byId("question").addEventListener("submit", (event) => {
+  event.preventDefault();
+  askAnew(typed());
+});
+byId("query").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    byId("question").requestSubmit();
+  }
+});
+document.querySelectorAll("[name=kind]").forEach((radio) => radio.addEventListener("change", showKind));
+byId("index").addEventListener("change", () => {
+  view = { ...typed(), kind: null, query: null };
+  history.pushState(null, "", writeView(view));
+  show(view);
+});
+byId("draw").addEventListener("click", () => {
+  seed += 1;
+  draw();
+});
+byId("pick").addEventListener("toggle", () => {
+  if (byId("pick").open && byId("drawn").childElementCount === 0) {
+    draw();
+  }
+});
+byId("trajectory-data").addEventListener("toggle", drawCurves);
+byId("share").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(location.href);
+    say("Link copied.");
+    byId("share").textContent = "Copied";
+  } catch {
+    byId("share").textContent = "Copy it from the address bar";
+  }
+  setTimeout(() => (byId("share").textContent = "Copy link"), 2500);
+});
+byId("save-rankings").addEventListener("click", () => {
+  const { heads, rows } = rankingRows(answer);
+  saveCsv("rankings.csv", heads, rows);
+});
+byId("save-trajectory-csv").addEventListener("click", () => {
+  const rows = curvesOf(answer, about).flatMap((curve) =>
+    curve.influences.map((value, step) => [curve.id, names()[step], value, curve.standard_errors[step]]),
+  );
+  saveCsv("trajectories.csv", ["example_id", "step", "influence", "standard_error"], rows);
+});
+byId("save-trajectory-png").addEventListener("click", async () => {
+  const title = `Influence on ${questionText()}`;
+  savePng("trajectories.png", await trajectoryPng(curvesOf(answer, about), view, names(), withoutGradient(), title));
+});
+document.documentElement.addEventListener("themechange", () => {
+  if (answer) {
+    drawCurves();
+    if (about) {
+      drawSelected();
+    }
+  }
+});
+addEventListener("popstate", () => show(readView(location.search)));
+if (document.readyState === "complete") {
+  start();
+} else {
+  addEventListener("load", start); // Plotly's script is there by then
+}
