@@ -21,7 +21,8 @@ from loopsway.indexer import build_index, load_task
 from loopsway.service import Settings
 from serving import CONFIG, Gate, asked_for, running, without_model
 
-TASK_SPEC = f"{Path(__file__).with_name('markup_task.py')}:MarkupTask"
+TASK_FILE = Path(__file__).with_name("markup_task.py")
+TASK_SPEC, LONG_SPEC = f"{TASK_FILE}:MarkupTask", f"{TASK_FILE}:LongTask"
 OUTPUT = Path(__file__).parents[1] / "output" / "explorer"  # the screenshots; git ignores it
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

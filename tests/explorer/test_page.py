@@ -17,10 +17,11 @@ import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from loopsway.client import ExampleQuery, IdQuery
+from loopsway.indexer import build_index, load_task
 from loopsway.service import Settings
-from serving import QUERIES, Gate, asked_for, running
+from serving import CONFIG, QUERIES, Gate, asked_for, running
 
-from .conftest import TASK_SPEC, Explored, exploring
+from .conftest import LONG_SPEC, TASK_SPEC, Explored, exploring
 
 QUERY = json.dumps(QUERIES[0])
 STEPS = 3
@@ -346,6 +347,32 @@ def test_tables_are_saved_as_csv_and_charts_as_png(page: Page, explored: Explore
         assert float(row["influence"]) == pytest.approx(each.influence, rel=1e-4, abs=1e-6)
     for button in ("save-trajectory-png", "save-matrix-png"):
         assert saved(page, button).startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_many_steps_and_those_outside_the_loop_stand_in_line_with_the_chart(
+    page: Page, tmp_path: Path, width: int
+) -> None:
+    path = tmp_path / "markup.index"
+    build_index(load_task(LONG_SPEC), path, CONFIG, task_spec=LONG_SPEC, progress=False)
+    settings = Settings(indices=(asked_for(path, task=LONG_SPEC),), port=0, grace_s=1.0)
+    page.set_viewport_size({"width": width, "height": 1000})
+    with running(settings) as (_, port), exploring(f"127.0.0.1:{port}") as url:
+        page.goto(f"{url}?{urlencode({'example': QUERY, 'step': 30})}")
+        answered(page)
+        expect(page.locator("caption").first).to_contain_text("Proponents before the loop")
+        for step, place in [(31, "after the loop"), (4, "at step 4"), (17, "at step 17")]:
+            page.locator(f"#step-{step}").click()
+            expect(page.locator("caption").first).to_contain_text(f"Proponents {place}")
+            tab = page.locator(f"#step-{step}").bounding_box()
+            band = page.locator("#trajectory .shapelayer path").first.bounding_box()  # marks the chosen step
+            assert tab is not None
+            assert band is not None
+            assert (tab["x"], tab["width"]) == (
+                pytest.approx(band["x"], abs=1.5),
+                pytest.approx(band["width"], abs=1.5),
+            )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def luminance(page: Page, what: Locator, name: str) -> float:

@@ -24,7 +24,7 @@ from .questions import DrawQuestion, ExampleQuestion, InfluenceQuestion
 
 DRAWN = 6
 NEIGHBORS = 5
-KEPT_SKETCHES = 16
+KEPT_SKETCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,10 @@
 import { Problem, ask } from "./ask.js";
 import { byId, element } from "./elements.js";
 import { drawExample, drawExampleNote } from "./example.js";
+import { busy, say } from "./loading.js";
 import { count, stepName } from "./numbers.js";
-import { clearProblems, fill, showKind, showProblem, typed } from "./question.js";
+import { pick, pickOthers } from "./pick.js";
+import { clearProblems, fill, showColumns, showKind, showProblem, typed } from "./question.js";
 import { drawRankings } from "./rankings.js";
 import { rankingRows, saveCsv, savePng } from "./save.js";
 import { drawSteps } from "./steps.js";
@@ -17,7 +19,6 @@ let answer = null; // to the view's question
 let about = null; // of the view's selected example
 let asking = new AbortController();
 let looking = new AbortController();
-let seed = 0;
 
 const actions = { select, query: (id) => askAnew({ ...typed(), kind: "id", query: id }) };
 
@@ -44,8 +45,12 @@ function show(next) {
     answer = null;
     byId("answer").hidden = true;
     document.title = "Loopsway explorer";
-    byId("pick").open = true;
-    draw();
+    byId("drawn").replaceChildren();
+    if (byId("pick").open) {
+      draw();
+    } else {
+      byId("pick").open = true; // which draws
+    }
   }
 }
 
@@ -85,6 +90,7 @@ async function run() {
     view.step = null;
   }
   const total = answer.rankings[0];
+  showColumns([...total.proponents, ...total.opponents]);
   view.selected ??= (total.proponents[0] ?? total.opponents[0])?.example_id ?? null;
   remember();
   drawAnswer();
@@ -222,57 +228,19 @@ function drawSelected() {
 
 // What can be asked about, where nothing is yet.
 
-async function draw() {
+async function draw(picking = pick) {
   if (!indices.length) {
     return;
   }
-  const list = byId("drawn");
-  byId("where-error").replaceChildren();
-  byId("where").removeAttribute("aria-invalid");
-  const { index, where } = typed();
+  clearProblems();
   try {
-    const { examples } = await busy("Drawing training examples", ask("examples", { index, where, seed }));
-    const items = examples.map((each) =>
-      element(
-        "li",
-        {},
-        element(
-          "button",
-          { type: "button", class: "drawn-example", on: { click: () => actions.query(each.example_id) } },
-          element("span", { class: "mono drawn-text" }, each.description || each.example_id),
-          element("span", { class: "id mono" }, each.example_id),
-        ),
-      ),
-    );
-    list.replaceChildren(...items);
-    if (items.length === 0) {
-      list.append(element("li", { class: "hint" }, "No training example is within the filter."));
-    }
+    await picking(actions.query);
   } catch (error) {
-    list.replaceChildren();
-    failed(error, draw);
+    failed(error, () => draw(picking));
   }
 }
 
-// Loading and failing.
-
-/** Awaits an answer while the page says so. */
-async function busy(what, answering) {
-  const root = document.documentElement;
-  root.dataset.busy = String(Number(root.dataset.busy ?? 0) + 1);
-  if (what) {
-    say(`${what}…`);
-  }
-  try {
-    return await answering;
-  } finally {
-    const left = Number(root.dataset.busy) - 1;
-    root.dataset.busy = String(left);
-    if (left === 0) {
-      delete root.dataset.busy;
-    }
-  }
-}
+// Failing.
 
 function failed(error, again) {
   if (error.name === "AbortError") {
@@ -280,10 +248,6 @@ function failed(error, again) {
   }
   say("");
   showProblem(error instanceof Problem ? error : new Problem({ detail: `The page failed: ${error.message}` }), again);
-}
-
-function say(text) {
-  byId("status").textContent = text;
 }
 
 // What people do.
@@ -304,8 +268,7 @@ byId("index").addEventListener("change", () => {
   show(view);
 });
 byId("draw").addEventListener("click", () => {
-  seed += 1;
-  draw();
+  draw(pickOthers);
 });
 byId("pick").addEventListener("toggle", () => {
   if (byId("pick").open && byId("drawn").childElementCount === 0) {
@@ -343,6 +306,11 @@ document.documentElement.addEventListener("themechange", () => {
     if (about) {
       drawSelected();
     }
+  }
+});
+addEventListener("resize", () => {
+  if (answer) {
+    drawStep(); // as many names as have room
   }
 });
 addEventListener("popstate", () => show(readView(location.search)));
