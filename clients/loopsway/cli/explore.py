@@ -26,6 +26,7 @@ def explore(
     """
     with needs("exploring needs its extra", "explorer"):
         from loopsway import explorer
+    connection.client(timeout_s).close()  # what is wrong with a token or a certificate is told here, not by the app
     with in_one_line():
         try:
             bound = explorer.Explorer.bind(

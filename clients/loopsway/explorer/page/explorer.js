@@ -10,7 +10,8 @@ import { clearProblems, fill, showColumns, showKind, showProblem, typed } from "
 import { drawRankings } from "./rankings.js";
 import { rankingRows, saveCsv, savePng } from "./save.js";
 import { drawSteps } from "./steps.js";
-import { axisTitle, curvesOf, drawLegend, drawTrajectory, trajectoryPng, trajectoryTable } from "./trajectory.js";
+import { axisTitle, curvesOf, drawLegend, drawTrajectory, shownIn, tagsOf } from "./trajectory.js";
+import { trajectoryPng, trajectoryTable } from "./trajectory.js";
 import { questionOf, readView, writeView } from "./view.js";
 
 let indices = [];
@@ -196,7 +197,7 @@ function drawAnswer() {
 }
 
 function drawCurves() {
-  const curves = curvesOf(answer, about ?? { example_id: view.selected });
+  const curves = curvesOf(answer, view.selected, about);
   drawLegend(curves, select);
   drawTrajectory(curves, view, names(), withoutGradient(), chooseStep);
   const data = byId("trajectory-data");
@@ -207,19 +208,14 @@ function drawCurves() {
 }
 
 function drawStep() {
-  const total = answer.rankings[0];
-  const tags = new Map();
-  total.proponents.forEach((each, rank) => tags.set(each.example_id, `P${rank + 1}`));
-  total.opponents.forEach((each, rank) => tags.set(each.example_id, `O${rank + 1}`));
   drawSteps(answer, names(), view.step, chooseStep);
   const ranking = answer.rankings.find(({ step }) => step === view.step);
+  const tags = tagsOf(answer.rankings[0]);
   drawRankings(ranking, { stepName: names()[view.step], selected: view.selected, tags, actions });
 }
 
 function drawSelected() {
-  const known = answer.rankings
-    .flatMap((ranking) => [...ranking.proponents, ...ranking.opponents])
-    .find((each) => each.example_id === about.example_id);
+  const known = shownIn(answer, about.example_id);
   const called = (size) => [...Array(size).keys()].map((step) => stepName(step, size, info().loop_outside));
   const matrix = about.matrix.influences;
   const matrixNames = { train: called(matrix.length), query: called(matrix[0].length) };
@@ -291,14 +287,15 @@ byId("save-rankings").addEventListener("click", () => {
   saveCsv("rankings.csv", heads, rows);
 });
 byId("save-trajectory-csv").addEventListener("click", () => {
-  const rows = curvesOf(answer, about).flatMap((curve) =>
+  const rows = curvesOf(answer, view.selected, about).flatMap((curve) =>
     curve.influences.map((value, step) => [curve.id, names()[step], value, curve.standard_errors[step]]),
   );
   saveCsv("trajectories.csv", ["example_id", "step", "influence", "standard_error"], rows);
 });
 byId("save-trajectory-png").addEventListener("click", async () => {
   const title = `Influence on ${questionText()}`;
-  savePng("trajectories.png", await trajectoryPng(curvesOf(answer, about), view, names(), withoutGradient(), title));
+  const curves = curvesOf(answer, view.selected, about);
+  savePng("trajectories.png", await trajectoryPng(curves, view, names(), withoutGradient(), title));
 });
 document.documentElement.addEventListener("themechange", () => {
   if (answer) {
