@@ -275,16 +275,15 @@ def test_a_token_that_the_server_wants_and_the_explorer_lacks_is_told(explore: C
 
 def test_a_busy_server_is_told_with_when_to_come_back(explore: Callable[..., Explored]) -> None:
     explored = explore(max_waiting=1, retry_after_s=3.0)
-    explored.task.entered.clear()
-    explored.task.gate.clear()
+    explored.gate.hold()
     with ThreadPoolExecutor() as pool:
         try:
             # A question is two calls: of the first, one runs, and one more may wait; so of the second, one is refused.
             first = pool.submit(ask, explored.url, "influences", {"query": QUERY})
-            assert explored.task.entered.wait(30)
+            explored.gate.wait_until_entered()
             response, document = ask(explored.url, "influences", {"query": QUERY})
         finally:
-            explored.task.gate.set()
+            explored.gate.open()
     assert (response.status, response.headers["Retry-After"]) == (429, "3"), document
     first.result()
 
