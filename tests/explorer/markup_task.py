@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from loopsway.indexer import Loop
-from service.tiny_task import TinyTask
+from loopsway.indexer import Loop, load_task
+
+# By its file: the model's process has no other way to it.
+TinyTask: Any = type(load_task(f"{Path(__file__).parents[1] / 'service' / 'tiny_task.py'}:TinyTask"))
 
 
 class MarkupTask(TinyTask):

@@ -172,9 +172,9 @@ def test_influences_are_the_clients_own(explored: Explored, resolve: Any) -> Non
 
 def test_one_example_is_the_clients_own_and_costs_no_model_call(explored: Explored) -> None:
     ask(explored.url, "influences", {"query": QUERY})
-    calls = explored.task.model_calls
+    calls = explored.gate.num_calls
     _, document = ask(explored.url, "example", {"query": QUERY, "example_id": "tiny-7"})
-    assert explored.task.model_calls == calls
+    assert explored.gate.num_calls == calls
     query = ExampleQuery(QUERIES[0])
     matrix = explored.client.get_trajectories([query], ["tiny-7"], resolve="step_matrix")
     assert np.array(document["matrix"]["influences"]) == approx(matrix.influences[0, 0])
@@ -257,11 +257,11 @@ def test_an_index_without_its_model_refuses_examples_and_still_shows_some(explor
 
 def test_a_server_that_is_late_is_told(explore: Callable[..., Explored]) -> None:
     explored = explore(timeout_s=0.5)
-    explored.task.gate.clear()
+    explored.gate.hold()
     try:
         response, document = ask(explored.url, "influences", {"query": QUERY})
     finally:
-        explored.task.gate.set()
+        explored.gate.open()
     assert response.status == 504, document
     assert "did not answer in time" in document["detail"]
 
@@ -274,18 +274,17 @@ def test_a_token_that_the_server_wants_and_the_explorer_lacks_is_told(explore: C
 
 
 def test_a_busy_server_is_told_with_when_to_come_back(explore: Callable[..., Explored]) -> None:
-    explored = explore(max_waiting=1, retry_after_s=3.0)
-    explored.task.entered.clear()
-    explored.task.gate.clear()
+    explored = explore(max_waiting=1, retry_after_s=1.0)
+    explored.gate.hold()
     with ThreadPoolExecutor() as pool:
         try:
             # A question is two calls: of the first, one runs, and one more may wait; so of the second, one is refused.
             first = pool.submit(ask, explored.url, "influences", {"query": QUERY})
-            assert explored.task.entered.wait(30)
+            explored.gate.wait_until_entered()
             response, document = ask(explored.url, "influences", {"query": QUERY})
         finally:
-            explored.task.gate.set()
-    assert (response.status, response.headers["Retry-After"]) == (429, "3"), document
+            explored.gate.open()
+    assert (response.status, response.headers["Retry-After"]) == (429, "1"), document
     first.result()
 
 

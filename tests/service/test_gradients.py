@@ -30,10 +30,10 @@ from loopsway.client import (
     RowGradient,
 )
 from loopsway.client.gradients import CHUNK_BYTES, gradient_requests
-from loopsway.indexer import ExampleSketcher, SketchConfig, build_index, load_task, open_index, query_gradients
-from loopsway.service import Engine, Settings
+from loopsway.indexer import ExampleSketcher, SketchConfig, build_index, load_task, query_gradients
+from loopsway.service import Settings
 from loopsway.v1 import attribution_pb2 as pb
-from serving import QUERIES, TASK_SPEC, Served, running
+from serving import QUERIES, TASK_SPEC, Served, running, without_model
 
 TOLERANCE = 1e-5
 # What gradients of each model come as: those of one that has to be untied are entries alone.
@@ -63,8 +63,8 @@ def looped_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("looped")
     for kind in FORMS:
         build_index(task_of(kind), folder / f"{kind}.index", SketchConfig(width=256, bits=8), progress=False)
-    engines = [Engine(open_index(folder / f"{kind}.index")) for kind in FORMS]
-    with running(engines, Settings(port=0, grace_s=1.0)) as port:
+    indices = [without_model(folder / f"{kind}.index") for kind in FORMS]
+    with running(Settings(indices=indices, port=0, grace_s=1.0)) as (_, port):
         yield f"127.0.0.1:{port}"
 
 
@@ -314,7 +314,7 @@ def test_an_optimizer_aware_index_says_where_gradients_can_be_sketched(tmp_path:
     path = tmp_path / "aware.index"
     build_index(Aware(count=8), path, SketchConfig(width=256, bits=8, optimizer_aware=True), progress=False)
     with ExitStack() as stack:
-        port = stack.enter_context(running([Engine(open_index(path))], Settings(port=0, grace_s=1.0)))
+        _, port = stack.enter_context(running(Settings(indices=[without_model(path)], port=0, grace_s=1.0)))
         client = stack.enter_context(Client(f"127.0.0.1:{port}"))
         with pytest.raises(LoopswayError, match="sketch where the task is") as caught:
             client.sketch_gradients(query)

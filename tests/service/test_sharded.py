@@ -14,10 +14,10 @@ import pytest
 
 from loopsway.client import Client, IdQuery, UnavailableError
 from loopsway.indexer import build_index, load_task
-from loopsway.service import Engine, Settings, load_engine
+from loopsway.service import Server, Settings
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import CONFIG, TASK_SPEC, running
+from serving import CONFIG, TASK_SPEC, asked_for, running
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed; pip install 'loopsway[ray]'")
 
@@ -35,25 +35,25 @@ REQUESTS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
-    """Of one index in six blocks: read by one process, and in two actors."""
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Server, str]]]:
+    """Of one index in six blocks, read by one process and in two actors; and where they answer."""
     path = tmp_path_factory.mktemp("sharded") / "tiny.index"
     build_index(load_task(TASK_SPEC), path, CONFIG, task_spec=TASK_SPEC, block_rows=8, progress=False)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield {
-        "local": load_engine(path, TASK_SPEC),
-        "ray": load_engine(path, TASK_SPEC, engine="ray", workers=2),
-    }
+    in_actors: dict[str, Any] = {"engine": "ray", "workers": 2}
+    with ExitStack() as stack:
+        servers = {}
+        for name, reading in (("local", {}), ("ray", in_actors)):
+            settings = Settings(indices=(asked_for(path).model_copy(update=reading),), port=0, grace_s=1)
+            server, port = stack.enter_context(running(settings))
+            servers[name] = server, f"127.0.0.1:{port}"
+        yield servers
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def targets(engines: dict[str, Engine]) -> Iterator[dict[str, str]]:
-    with ExitStack() as stack:
-        settings = Settings(port=0, grace_s=1)
-        yield {
-            name: f"127.0.0.1:{stack.enter_context(running([engine], settings))}" for name, engine in engines.items()
-        }
+def targets(servers: dict[str, tuple[Server, str]]) -> dict[str, str]:
+    return {name: target for name, (_, target) in servers.items()}
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,10 @@ def asked(stub: AttributionStub, method: str, *, timeout_s: float = 30, **change
 
 
 @pytest.fixture
-def hanging(engines: dict[str, Engine]) -> Iterator[int]:
+def hanging(servers: dict[str, tuple[Server, str]]) -> Iterator[int]:
     """The first shard's process, which stands still; it is killed at the end."""
-    shards: Any = engines["ray"].index.reader._shards
+    [engine] = servers["ray"][0].catalog.values()
+    shards: Any = engine.index.reader._shards
     pid = ray.get(shards._places[0].actor.__ray_call__.remote(lambda _: os.getpid()))
     os.kill(pid, signal.SIGSTOP)
     yield pid

@@ -30,7 +30,7 @@ from loopsway.service.authentication import SCOPES
 from loopsway.service.tokens import digest, new_token
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, new_engine, running
+from serving import QUERIES, Served, running, without_model
 
 READER, STRANGER, SLOW = new_token(), new_token(), new_token()
 TOKENS = (
@@ -74,8 +74,8 @@ def guarded(serve: Callable[..., Served]) -> Served:
 
 @contextmanager
 def serving(index_path: Path, settings: Settings) -> Iterator[str]:
-    engine, _ = new_engine(index_path, settings, model=False)
-    with running([engine], settings) as port:
+    indices = (without_model(index_path),)
+    with running(settings.model_copy(update={"indices": indices})) as (_, port):
         yield f"127.0.0.1:{port}"
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="TOML with any of the settings."
 )
 @click.option("--check-config", is_flag=True, help="Check the settings and all files they name, and serve nothing.")
-@click.option("--index", "indices", multiple=True, metavar="PATH", help="An index; may be repeated.")
+@click.option("--index", "indices", multiple=True, metavar="[NAME=]PATH", help="An index; may be repeated.")
 @click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="0 picks a free one.  [default: 50051]")
 @task_options(required=False, help="The indices' task, where they name none that ships with Loopsway.")
@@ -82,21 +82,7 @@ def serve(
         _check(settings)
         return
     with in_one_line(), needs("serving needs the service", "service,cpu"):
-        engines = [
-            service.load_engine(
-                each.path,
-                each.task,
-                each.task_arguments,
-                model=each.model,
-                device=each.device,
-                engine=each.engine,
-                workers=each.workers,
-                address=each.address,
-                settings=settings,
-            )
-            for each in settings.indices
-        ]
-        service.serve(engines, settings, ready_file=ready_file)
+        service.serve(settings, ready_file=ready_file)
 
 
 def _given(flags: dict[str, Any], indices: tuple[str, ...]) -> dict[str, Any]:

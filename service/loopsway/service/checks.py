@@ -32,9 +32,11 @@ def check_settings(settings: Settings) -> list[str]:
     lines += [f"token {token.name}" for token in settings.tokens]
     names: dict[str, str] = {}
     for asked in settings.indices:
-        index = open_index(asked.path)
+        index = open_index(asked.path, name=asked.name)
         if index.name in names:
-            raise SettingsError(f"{names[index.name]} and {asked.path} are both named {index.name}; rename one")
+            raise SettingsError(
+                f"{names[index.name]} and {asked.path} are both named {index.name}; give one another name, as NAME=PATH"
+            )
         names[index.name] = asked.path
         lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}")
     return lines

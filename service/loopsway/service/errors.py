@@ -9,7 +9,7 @@ RequestError
 ├── ForbiddenError (PermissionError)  the token does not allow this
 ├── RateError (RuntimeError)          the token's requests come too fast
 ├── QueueFullError (RuntimeError)     too many requests are waiting
-└── UnavailableError (RuntimeError)   what answers is being started again
+└── UnavailableError (RuntimeError)   what the server needs for this is down, and will be up again
 """
 
 from __future__ import annotations
@@ -58,18 +58,6 @@ class QueueFullError(RequestError, RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class UnavailableError(RequestError, RuntimeError):
-    """Shards of the index did not answer.
-
-    Attributes:
-        retry_after_s: when to ask again.
-    """
-
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
 class UnknownCallerError(RequestError):
     """The request brings no token that the server knows."""
 
@@ -98,3 +86,15 @@ def in_field(outer: str) -> Iterator[None]:
     except RequestError as error:
         error.field = f"{outer}.{error.field}" if error.field else outer
         raise
+
+
+class UnavailableError(RequestError, RuntimeError):
+    """The model's process died under the request, or has too little memory for it now; or shards did not answer.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

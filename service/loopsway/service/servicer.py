@@ -40,12 +40,12 @@ class Servicer(AttributionServicer):
     """Answers from the engines, by their names.
 
     Args:
-        engines: name -> engine; at least one.
+        engines: name -> engine; at least one. Looked at anew by each request.
         settings: the limits.
     """
 
     def __init__(self, engines: Mapping[str, Engine], settings: Settings) -> None:
-        self._engines = dict(engines)
+        self._engines = engines
         self._settings = settings
         self._streams = StreamPlaces(settings)
 

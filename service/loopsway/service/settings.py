@@ -24,10 +24,11 @@ class Table(BaseModel):
 
 
 class IndexSettings(Table):
-    """An index to serve; a path alone stands for one with defaults.
+    """An index to serve; a path alone, or "NAME=PATH", stands for one with defaults.
 
     Attributes:
-        path: of the index, as `load_engine` takes it.
+        path: its folder or URL.
+        name: that requests call it by. None: as its folder.
         task: the task to run, as `path/to/file.py:Class`. None: the one that the index names.
         task_arguments: for the task's constructor. None: those that the index was built with.
         model: False to run no task at all and answer sketches only.
@@ -38,6 +39,7 @@ class IndexSettings(Table):
     """
 
     path: str
+    name: str | None = None
     task: str | None = None
     task_arguments: dict[str, Any] | None = None
     model: bool = True
@@ -82,7 +84,11 @@ class TokenSettings(Table):
 
 
 def _index(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    """A path, or NAME=PATH; a path may have an "=" in it."""
+    if not isinstance(value, str):
+        return value
+    name, _, path = value.partition("=")
+    return {"name": name, "path": path} if name and path and "/" not in name else {"path": value}
 
 
 class Settings(BaseSettings):
@@ -116,6 +122,9 @@ class Settings(BaseSettings):
         batch_size: examples in one forward and backward of the model, of one request or several.
         batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
             the one before it ran.
+        model_bytes: of all models' weights in memory; the checkpoints that were not used for longest leave, and are
+            loaded again when they are needed. None: half of the device's free memory.
+        reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.
     """
@@ -152,6 +161,8 @@ class Settings(BaseSettings):
     retry_after_s: PositiveSeconds = 1.0
     batch_size: Positive = 32
     batch_delay_s: Seconds = 0.0
+    model_bytes: Positive | None = None
+    reload_poll_s: Seconds = 5.0
     search_threads: Positive = 2
     grace_s: Seconds = 10.0
 

@@ -8,7 +8,7 @@ This file knows no model: a query comes as sketches. An open index keeps the gen
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
 from operator import and_
 from pathlib import Path
@@ -44,7 +44,12 @@ class UnknownExampleError(LookupError):
 
 
 def open_index(
-    path: str | Path, *, generation: int | None = None, device: str = "cpu", device_bytes: int | None = None
+    path: str | Path,
+    *,
+    generation: int | None = None,
+    device: str = "cpu",
+    device_bytes: int | None = None,
+    name: str | None = None,
 ) -> Index:
     """Opens a finished index for search.
 
@@ -55,6 +60,7 @@ def open_index(
         device_bytes: of codes that stay on the device; a slot is copied there when it is first searched, and the one
             that was not used for longest leaves. Those beyond are copied block by block in each search. None: half of
             what the device has free at the first search. Of no meaning for "cpu".
+        name: what it is called. None: as its folder, without ".index".
 
     Raises:
         IndexNotFoundError: there is none, it is unfinished, or it has no such generation.
@@ -62,7 +68,7 @@ def open_index(
         StorageError: the object store can't be reached, or the cache of its files is too small.
         ValueError: the device is unknown or not available, or device_bytes is negative.
     """
-    return Index(path, generation, device_scan(device, device_bytes))
+    return Index(path, generation, device_scan(device, device_bytes), name=name)
 
 
 class Index:
@@ -73,6 +79,7 @@ class Index:
 
     Attributes:
         folder: where it lies.
+        name: what it is called.
         manifest: what it is.
         codes: reads them in this process.
         reader: reads all of them; through `codes`, unless they are read elsewhere (ray_shards.py).
@@ -84,8 +91,10 @@ class Index:
         generation: int | None,
         scan: DeviceScan | None = None,
         rows: range | None = None,
+        name: str | None = None,
     ) -> None:
         self.folder = open_folder(path)
+        self.name = name or self.folder.address.rpartition("/")[2].removesuffix(".index")
         self._device = "cpu" if scan is None else str(scan.device)
         self.manifest = Manifest.read(self.folder, generation)
         self._check_files()
@@ -98,10 +107,6 @@ class Index:
     def path(self) -> Path | str:
         """Its folder, or its URL."""
         return self.folder.path if isinstance(self.folder, LocalFolder) else self.folder.address
-
-    @property
-    def name(self) -> str:
-        return self.folder.address.rpartition("/")[2].removesuffix(".index")
 
     @property
     def num_rows(self) -> int:
@@ -333,6 +338,7 @@ class Index:
         *,
         where: str | None = None,
         exact: bool = True,
+        go_on: Callable[[], object] | None = None,
         deadline: float | None = None,
     ) -> Any:
         """The strongest proponents and opponents of each query, in total and at each step.
@@ -347,6 +353,7 @@ class Index:
             exact: whether every stored code is read, which finds the exact top k; False takes the candidates of the
                 FAISS indices, as many as the build found to be enough, unless `where` leaves too few rows for them. The
                 answer's `recall` says which it was.
+            go_on: called before each costly part, the scan of one slot. What it raises ends the search.
             deadline: when to stop waiting for shards elsewhere, by `time.monotonic()`: the answer's `coverage` says how
                 many answered. None: when they are given up anyway.
 
@@ -369,7 +376,9 @@ class Index:
         slots = {pair.slot for pair in asked}
         exact = exact or self.reader.reads_everything
         efforts = None if exact else {slot: self._efforts(slot) for slot in slots}
-        found, coverage = self._search_pairs(asked, vectors, k, kept=kept, efforts=efforts, deadline=deadline)
+        found, coverage = self._search_pairs(
+            asked, vectors, k, kept=kept, efforts=efforts, deadline=deadline, go_on=go_on
+        )
         rankings = [
             Ranking(
                 total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
@@ -387,6 +396,7 @@ class Index:
         resolve: Resolve = "query_step",
         *,
         where: str | None = None,
+        go_on: Callable[[], object] | None = None,
         deadline: float | None = None,
     ) -> Scores:
         """The influence of every example, in total and at each step; it takes 8 (S + 1) Q n bytes.
@@ -395,6 +405,7 @@ class Index:
             query_sketches: float32 [T, W] or [Q, T, W].
             resolve: as in `search`.
             where: as in `search`.
+            go_on: as in `search`.
             deadline: as in `search`; examples of shards that did not answer are left out.
 
         Raises:
@@ -410,6 +421,8 @@ class Index:
         influences = np.empty((len(sketches), len(wanted), len(rows)), np.float32)
         errors, coverages = np.empty_like(influences), list[Coverage]()
         for slot in {pair.slot for pair in wanted}:
+            if go_on is not None:
+                go_on()
             mine = [place for place, pair in enumerate(wanted) if pair.slot == slot]
             queries = vectors[:, [wanted[place].query for place in mine]]  # [Q, pairs, W]
             scores, coverage = self.reader.scores(slot, queries.reshape(-1, self.width), deadline=deadline)
@@ -493,6 +506,7 @@ class Index:
         kept: np.ndarray | None,
         efforts: Efforts | None,
         deadline: float | None,
+        go_on: Callable[[], object] | None,
     ) -> tuple[dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]], Coverage]:
         """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
         found, mine = {}, {pair.slot: list[Pair]() for pair in wanted}
@@ -501,7 +515,14 @@ class Index:
         asked = {  # [pairs * Q, W] of each slot
             slot: np.concatenate([vectors[:, pair.query] for pair in own]) for slot, own in mine.items()
         }
-        ranked, coverage = self.reader.search(asked, k, kept=kept, efforts=efforts, deadline=deadline)
+        ranked, coverages = dict[int | None, Any](), list[Coverage]()
+        # Shards are asked for all slots at once; one reading can end between two.
+        for part in [asked] if self.reader.reads_everything else [{slot: asked[slot]} for slot in asked]:
+            if go_on is not None:
+                go_on()
+            of_part, coverage = self.reader.search(part, k, kept=kept, efforts=efforts, deadline=deadline)
+            ranked |= of_part
+            coverages.append(coverage)
         for slot, queries in asked.items():
             norms = np.linalg.norm(queries, axis=1)
             answers = [
@@ -510,7 +531,7 @@ class Index:
             ]
             for place, pair in enumerate(mine[slot]):
                 found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
-        return found, coverage
+        return found, reduce(and_, coverages)
 
     def _efforts(self, slot: int | None) -> list[int]:
         """That the build found each part's FAISS indices to need; 1 where an earlier version built them."""
