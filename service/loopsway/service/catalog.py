@@ -57,6 +57,7 @@ class Catalog(Mapping[str, Engine]):
             if engine.name in self._served:
                 raise ValueError(f"two indices are named {engine.name}: give one another name, as NAME=PATH")
             self._served[engine.name] = _Served(asked=asked, engine=engine, manifest=manifest)
+        self._aliases = self._checked(settings.aliases)
         self.worker = ModelWorker(settings, settings.indices[0].device)
         self._is_asked = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
@@ -69,6 +70,26 @@ class Catalog(Mapping[str, Engine]):
 
     def __len__(self) -> int:
         return len(self._served)
+
+    def index_name(self, name: str) -> str:
+        """The name of the index that this alias stands for now; what is no alias stands for itself."""
+        return self._aliases.get(name, name)
+
+    def alias(self, aliases: Mapping[str, str]) -> None:
+        """Takes all of these aliases at once, in place of those before.
+
+        Raises:
+            ValueError: one is an index's own name, or of an index that is not served; those before stay.
+        """
+        self._aliases = self._checked(aliases)
+
+    def _checked(self, aliases: Mapping[str, str]) -> dict[str, str]:
+        for alias, name in aliases.items():
+            if alias in self._served:
+                raise ValueError(f"alias {alias} is the name of an index itself; take another")
+            if name not in self._served:
+                raise ValueError(f"alias {alias} is of index {name}, the indices are {', '.join(self._served)}")
+        return dict(aliases)
 
     async def start(self, on_ready: Callable[[str], Awaitable[None]]) -> None:
         """Warms every index up, and from then on looks for new generations."""
