@@ -24,6 +24,7 @@ from .authentication import Authentication
 from .catalog import Catalog
 from .checks import check_exposure
 from .credentials import server_credentials
+from .reception import Reception
 from .servicer import Servicer
 from .settings import Settings
 
@@ -39,7 +40,7 @@ class Server:
         self.catalog, self._settings = Catalog(settings), settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
         self._grpc = grpc.aio.server(
-            interceptors=[Authentication(settings.tokens)] if settings.tokens else [],
+            interceptors=[*([Authentication(settings.tokens)] if settings.tokens else []), Reception(settings)],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),

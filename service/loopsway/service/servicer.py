@@ -21,6 +21,7 @@ from . import decoding, encoding, gradients
 from .catalog import Catalog
 from .engine import Engine
 from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
+from .limits import check_limits
 from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
 from .settings import Settings
 from .streams import StreamPlaces, in_order, taken_in, unstalled
@@ -158,10 +159,7 @@ class Servicer(AttributionServicer):
         """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
         while True:
             try:
-                if len(batch.tag) > MAX_TAG:
-                    raise InvalidFieldError(
-                        f"the tag has {len(batch.tag)} characters, expected at most {MAX_TAG}", field="tag"
-                    )
+                check_limits(batch, self._settings)
                 return pb.StreamInfluencesResponse(tag=batch.tag, response=await self._find_influences(batch.request))
             except QueueFullError as error:
                 await asyncio.sleep(error.retry_after_s)

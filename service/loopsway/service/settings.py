@@ -103,6 +103,10 @@ class Settings(BaseSettings):
         max_k: proponents, and opponents, in one ranking.
         max_steps: of a query given as a sketch.
         max_example_ids: in one GetTrajectories.
+        max_id_characters: of an example's id in a request.
+        max_example_characters: of a query's JSON.
+        max_json_depth: arrays and objects of it that may lie within one another.
+        max_where_characters: of a filter.
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_gradient_bytes: of one query that comes as gradients.
         max_streams: of queries or gradients, over all indices; more are told to come back.
@@ -140,6 +144,10 @@ class Settings(BaseSettings):
     max_k: Positive = 1000
     max_steps: Positive = 1024
     max_example_ids: Positive = 10_000
+    max_id_characters: Positive = 4096
+    max_example_characters: Positive = 4 << 20
+    max_json_depth: Positive = 64
+    max_where_characters: Positive = 10_000
     max_influencers: Positive = 200_000
     max_gradient_bytes: Positive = 1 << 30
     max_streams: Positive = 32

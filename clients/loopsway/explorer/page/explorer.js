@@ -33,11 +33,11 @@ async function start() {
   }
   const label = ({ name, num_examples: size }) => `${name} · ${count(size)} examples`;
   byId("index").replaceChildren(...indices.map((each) => element("option", { value: each.name }, label(each))));
-  show(readView(location.search));
+  go(readView(location.search));
 }
 
 /** Goes to a view that came from the address. */
-function show(next) {
+function go(next) {
   view = { ...next, index: next.index || indices[0]?.name || "" };
   fill(view);
   if (view.kind) {
@@ -71,33 +71,38 @@ async function run() {
   const own = asking;
   byId("answer").setAttribute("aria-busy", "true");
   try {
-    const response = await busy("Asking the server", ask("influences", questionOf(view), own.signal));
-    answer = response;
+    answer = await busy("Asking the server", ask("influences", questionOf(view), own.signal));
+    show(answer);
   } catch (error) {
     if (own === asking) {
       byId("answer").hidden = true;
       failed(error, run);
     }
-    return;
   } finally {
     if (own === asking) {
       byId("answer").removeAttribute("aria-busy");
     }
   }
+}
+
+/** Shows the answer, and looks closer at the example that is selected: the strongest, where none is. */
+function show({ rankings }) {
   about = null;
   byId("pick").open = false;
   byId("answer").hidden = false;
-  if (view.step !== null && view.step >= answer.rankings.length - 1) {
+  if (view.step !== null && view.step >= rankings.length - 1) {
     view.step = null;
   }
-  const total = answer.rankings[0];
-  showColumns([...total.proponents, ...total.opponents]);
-  view.selected ??= (total.proponents[0] ?? total.opponents[0])?.example_id ?? null;
+  const { proponents, opponents } = rankings[0];
+  showColumns([...proponents, ...opponents]);
+  view.selected ??= (proponents[0] ?? opponents[0])?.example_id ?? null;
   remember();
   drawAnswer();
-  const found = total.proponents.length + total.opponents.length;
-  say(found ? `Answered: ${total.proponents.length} proponents and ${total.opponents.length} opponents.`
-    : "Answered: no training example was found.");
+  say(
+    proponents.length + opponents.length
+      ? `Answered: ${proponents.length} proponents and ${opponents.length} opponents.`
+      : "Answered: no training example was found.",
+  );
   look();
 }
 
@@ -261,7 +266,7 @@ document.querySelectorAll("[name=kind]").forEach((radio) => radio.addEventListen
 byId("index").addEventListener("change", () => {
   view = { ...typed(), kind: null, query: null };
   history.pushState(null, "", writeView(view));
-  show(view);
+  go(view);
 });
 byId("draw").addEventListener("click", () => {
   draw(pickOthers);
@@ -310,7 +315,7 @@ addEventListener("resize", () => {
     drawStep(); // as many names as have room
   }
 });
-addEventListener("popstate", () => show(readView(location.search)));
+addEventListener("popstate", () => go(readView(location.search)));
 if (document.readyState === "complete") {
   start();
 } else {
