@@ -17,6 +17,7 @@ from loopsway.indexer import StorageError
 from loopsway.indexer.store.addresses import open_folder
 from loopsway.indexer.store.manifest import MANIFEST
 
+from .checks import check_aliases
 from .engine import Engine
 from .errors import UnavailableError
 from .loading import load_engine
@@ -57,7 +58,8 @@ class Catalog(Mapping[str, Engine]):
             if engine.name in self._served:
                 raise ValueError(f"two indices are named {engine.name}: give one another name, as NAME=PATH")
             self._served[engine.name] = _Served(asked=asked, engine=engine, manifest=manifest)
-        self._aliases = self._checked(settings.aliases)
+        self._aliases: dict[str, str] = {}
+        self.alias(settings.aliases)
         self.worker = ModelWorker(settings, settings.indices[0].device)
         self._is_asked = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
@@ -79,17 +81,10 @@ class Catalog(Mapping[str, Engine]):
         """Takes all of these aliases at once, in place of those before.
 
         Raises:
-            ValueError: one is an index's own name, or of an index that is not served; those before stay.
+            SettingsError: one is an index's own name, or of an index that is not served; those before stay.
         """
-        self._aliases = self._checked(aliases)
-
-    def _checked(self, aliases: Mapping[str, str]) -> dict[str, str]:
-        for alias, name in aliases.items():
-            if alias in self._served:
-                raise ValueError(f"alias {alias} is the name of an index itself; take another")
-            if name not in self._served:
-                raise ValueError(f"alias {alias} is of index {name}, the indices are {', '.join(self._served)}")
-        return dict(aliases)
+        check_aliases(aliases, self._served)
+        self._aliases = dict(aliases)
 
     async def start(self, on_ready: Callable[[str], Awaitable[None]]) -> None:
         """Warms every index up, and from then on looks for new generations."""

@@ -101,8 +101,7 @@ def create_server(settings: Settings) -> tuple[Server, int]:
     return server, server.bind()
 
 
-def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callable[[], Settings] | None = None
-) -> None:
+def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callable[[], Settings] | None = None) -> None:
     """Serves the indices until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
 
     SIGHUP looks for new generations at once, and reads aliases again.
@@ -122,9 +121,7 @@ def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callabl
     asyncio.run(_serve(settings, ready_file, reread))
 
 
-async def _serve(
-    settings: Settings, ready_file: Path | None, reread: Callable[[], Settings] | None
-) -> None:
+async def _serve(settings: Settings, ready_file: Path | None, reread: Callable[[], Settings] | None) -> None:
     server, port = create_server(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
