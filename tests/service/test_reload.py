@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import signal
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loopsway.client import Client
 from loopsway.indexer import compact_index, delete_examples, prune_index
+from loopsway.service import Settings
+from loopsway.service.catalog import Catalog
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, wait_for
+from serving import QUERIES, Served, wait_for, without_model
+
+from ..conftest import COMMAND
 
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=48)
 POLL_S = 0.05
@@ -123,3 +131,48 @@ def publish(made: Path, served: Path) -> None:
             partial = target.with_name(target.name + ".new")
             shutil.copy(file, partial)
             partial.replace(target)
+
+
+@contextmanager
+def commanded(config: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
+    """`loopsway serve` with a settings file, and a client of it."""
+    ready, log = config.with_name("ready.json"), config.with_name("log")
+    command = [*COMMAND, "serve", "--config", str(config), "--ready-file", str(ready)]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as child:
+        try:
+            wait_for(lambda: ready.exists() or child.poll() is not None, 90)
+            assert child.poll() is None, log.read_text()
+            with Client(f"127.0.0.1:{json.loads(ready.read_text())['port']}") as client:
+                yield child, client
+        finally:
+            child.terminate()
+            assert child.wait(60) == 0, log.read_text()
+
+
+def test_sighup_points_aliases_elsewhere_and_finds_generations(own_index: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(own_index, tmp_path / "other.index")
+    config = tmp_path / "serve.toml"
+    text = (
+        "port = 0\nreload_poll_s = 0\n"
+        f"indices = [{{path = '{own_index}', model = false}}, {{path = '{other}', name = 'second', model = false}}]\n"
+    )
+    config.write_text(text + "aliases = {live = 'tiny'}\n")
+    with commanded(config) as (child, client):
+        assert client.get_index("live").name == "tiny"
+        assert [index.name for index in client.list_indices()] == ["second", "tiny"]
+        config.write_text(text + "aliases = {live = 'second'}\n")
+        delete_examples(other, ids=["tiny-3"])
+        assert (client.get_index("live").name, client.get_index("second").generation) == ("tiny", 1), "unasked"
+        child.send_signal(signal.SIGHUP)
+        wait_for(lambda: client.get_index("live").name == "second")
+        wait_for(lambda: client.get_index("live").generation == 2)
+        config.write_text(text + "aliases = {live = 'none'}\n")
+        child.send_signal(signal.SIGHUP)
+        wait_for(lambda: "alias live is of index none" in config.with_name("log").read_text())
+        assert client.get_index("live").name == "second"
+
+
+def test_an_alias_that_an_index_has_for_its_name_is_refused(own_index: Path) -> None:
+    indices = (without_model(own_index),)
+    with pytest.raises(ValueError, match="alias tiny is the name of an index itself"):
+        Catalog(Settings(indices=indices, aliases={"tiny": "tiny"}))

@@ -39,7 +39,7 @@ def test_a_list_in_a_variable_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("porrt = 7", r"porrt is no setting; the settings are indices, host, port,"),
+        ("porrt = 7", r"porrt is no setting; the settings are indices, aliases, host, port,"),
         (
             "[[indices]]\npath = 'x'\ntsk = 'y'",
             r"indices\[0\].tsk is no setting; .* of indices\[0\] are path, name, task,",
@@ -72,5 +72,7 @@ def test_the_check_opens_every_index(index_path: Path, tmp_path: Path) -> None:
         check_settings(Settings(indices=[str(index_path), str(tmp_path / "none.index")]))
     with pytest.raises(SettingsError, match="both named tiny; give one another name"):
         check_settings(Settings(indices=[str(index_path)] * 2))
+    with pytest.raises(SettingsError, match="alias live is of index none, the indices are tiny"):
+        check_settings(Settings(indices=[str(index_path)], aliases={"live": "none"}))
     with pytest.raises(SettingsError, match="indices is empty"):
         check_settings(Settings())

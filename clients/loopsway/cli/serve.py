@@ -71,9 +71,13 @@ def serve(
     of_reading = {"device": device, "engine": engine, "workers": workers, "address": address}
     of_index = {"task": task, "task_arguments": task_arg or None, "model": False if no_model else None}
     given = {name: value for name, value in {**of_index, **of_reading}.items() if value is not None}
+    by_flags = _given(flags, indices)
+
+    def read() -> Settings:
+        return service.read_settings(by_flags, file=config).with_index_settings(given)
+
     try:
-        settings = service.read_settings(_given(flags, indices), file=config)
-        settings = settings.with_index_settings(given)
+        settings = read()
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
     if not settings.indices:
@@ -82,7 +86,7 @@ def serve(
         _check(settings)
         return
     with in_one_line(), needs("serving needs the service", "service,cpu"):
-        service.serve(settings, ready_file=ready_file)
+        service.serve(settings, ready_file=ready_file, reread=read)
 
 
 def _given(flags: dict[str, Any], indices: tuple[str, ...]) -> dict[str, Any]:

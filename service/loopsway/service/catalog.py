@@ -17,6 +17,7 @@ from loopsway.indexer import StorageError
 from loopsway.indexer.store.addresses import open_folder
 from loopsway.indexer.store.manifest import MANIFEST
 
+from .checks import check_aliases
 from .engine import Engine
 from .errors import UnavailableError
 from .loading import load_engine
@@ -57,6 +58,8 @@ class Catalog(Mapping[str, Engine]):
             if engine.name in self._served:
                 raise ValueError(f"two indices are named {engine.name}: give one another name, as NAME=PATH")
             self._served[engine.name] = _Served(asked=asked, engine=engine, manifest=manifest)
+        self._aliases: dict[str, str] = {}
+        self.alias(settings.aliases)
         self.worker = ModelWorker(settings, settings.indices[0].device)
         self._is_asked = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
@@ -69,6 +72,19 @@ class Catalog(Mapping[str, Engine]):
 
     def __len__(self) -> int:
         return len(self._served)
+
+    def index_name(self, name: str) -> str:
+        """The name of the index that this alias stands for now; what is no alias stands for itself."""
+        return self._aliases.get(name, name)
+
+    def alias(self, aliases: Mapping[str, str]) -> None:
+        """Takes all of these aliases at once, in place of those before.
+
+        Raises:
+            SettingsError: one is an index's own name, or of an index that is not served; those before stay.
+        """
+        check_aliases(aliases, self._served)
+        self._aliases = dict(aliases)
 
     async def start(self, on_ready: Callable[[str], Awaitable[None]]) -> None:
         """Warms every index up, and from then on looks for new generations."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection, Mapping
 
 from loopsway.indexer import open_index
 
@@ -39,7 +40,21 @@ def check_settings(settings: Settings) -> list[str]:
             )
         names[index.name] = asked.path
         lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}")
+    check_aliases(settings.aliases, names)
     return lines
+
+
+def check_aliases(aliases: Mapping[str, str], names: Collection[str]) -> None:
+    """Refuses aliases that do not stand for exactly one of the indices of these names.
+
+    Raises:
+        SettingsError: one is an index's own name, or of an index that is not served.
+    """
+    for alias, name in aliases.items():
+        if alias in names:
+            raise SettingsError(f"alias {alias} is the name of an index itself; take another")
+        if name not in names:
+            raise SettingsError(f"alias {alias} is of index {name}, the indices are {', '.join(names)}")
 
 
 def check_exposure(settings: Settings) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc.aio
@@ -101,15 +101,16 @@ def create_server(settings: Settings) -> tuple[Server, int]:
     return server, server.bind()
 
 
-def serve(settings: Settings, *, ready_file: Path | None = None) -> None:
+def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callable[[], Settings] | None = None) -> None:
     """Serves the indices until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
 
-    SIGHUP looks for new generations at once.
+    SIGHUP looks for new generations at once, and reads aliases again.
 
     Args:
         settings: the indices, the limits and the address.
         ready_file: is written, whole, once the server is SERVING: JSON with "port" and "pid"; removed at the end.
             A file that is there already is removed first.
+        reread: gives the settings as they are now, for their aliases; None: those given stay.
 
     Raises:
         LoadError: a task can't be loaded, or its model makes other sketches than its index holds.
@@ -117,16 +118,16 @@ def serve(settings: Settings, *, ready_file: Path | None = None) -> None:
     """
     # Nothing changes where the caller has set logging up.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(_serve(settings, ready_file))
+    asyncio.run(_serve(settings, ready_file, reread))
 
 
-async def _serve(settings: Settings, ready_file: Path | None) -> None:
+async def _serve(settings: Settings, ready_file: Path | None, reread: Callable[[], Settings] | None) -> None:
     server, port = create_server(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, server.catalog.look)
+    loop.add_signal_handler(signal.SIGHUP, _look_again, server.catalog, reread)
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     try:
@@ -142,6 +143,16 @@ async def _serve(settings: Settings, ready_file: Path | None) -> None:
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
         await server.stop()
+
+
+def _look_again(catalog: Catalog, reread: Callable[[], Settings] | None) -> None:
+    catalog.look()
+    if reread is None:
+        return
+    try:
+        catalog.alias(reread().aliases)
+    except (ValueError, OSError) as error:
+        _log.error("the aliases stay as they are: %s", error)
 
 
 async def _start_unless(server: Server, stopping: asyncio.Event) -> None:

@@ -18,6 +18,7 @@ from loopsway.v1.attribution_pb2_grpc import AttributionServicer
 from loopsway.v1.tensors import to_tensor
 
 from . import decoding, encoding, gradients
+from .catalog import Catalog
 from .engine import Engine
 from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
 from .limits import check_limits
@@ -40,11 +41,11 @@ class Servicer(AttributionServicer):
     """Answers from the engines, by their names.
 
     Args:
-        engines: name -> engine; at least one. Looked at anew by each request.
+        engines: by the indices' names; looked at anew by each request.
         settings: the limits.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], settings: Settings) -> None:
+    def __init__(self, engines: Catalog, settings: Settings) -> None:
         self._engines = engines
         self._settings = settings
         self._streams = StreamPlaces(settings)
@@ -252,7 +253,7 @@ class Servicer(AttributionServicer):
 
     def _engine(self, name: str) -> Engine:
         """The engine of an index that the caller may use."""
-        engines = allowed(self._engines)
+        name, engines = self._engines.index_name(name), allowed(self._engines)
         if not name and len(engines) == 1:
             return next(iter(engines.values()))
         check_allowed(name)

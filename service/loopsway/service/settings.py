@@ -98,6 +98,7 @@ class Settings(BaseSettings):
 
     Attributes:
         indices: what `loopsway serve` serves.
+        aliases: other names for indices, by alias; read again on SIGHUP, so that one can be pointed elsewhere at once.
         host: address to listen on. Anything but loopback needs `tls`, and `tokens` or its `client_ca`.
         port: 0 lets the system pick a free one.
         insecure_bind: listen on `host` without them: everybody who reaches it may ask or listen in.
@@ -138,6 +139,7 @@ class Settings(BaseSettings):
     )
 
     indices: tuple[Annotated[IndexSettings, BeforeValidator(_index)], ...] = ()
+    aliases: dict[str, str] = Field(default_factory=dict)
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     insecure_bind: bool = False

@@ -135,7 +135,9 @@ class Sketches:
         (_, tokens, outputs), inputs = left.shape, right.shape[2]
         path = self._layer_path
         if path == "auto":
-            path = choose_path(tokens, outputs, inputs, self._width) if scale is None else "product"
+            # Of thousands of small FFTs a GPU only sees the launches: products took a fraction of their time there.
+            chosen = scale is None and self._device.type == "cpu"
+            path = choose_path(tokens, outputs, inputs, self._width) if chosen else "product"
         if path == "fourier":
             _add_by_fourier(self._values[:, step], left, right, hashed)
             return path, fourier_ns(tokens, outputs, inputs, self._width)
