@@ -51,6 +51,11 @@ ROWS = {
         ),
         "| looped GPT d=32, T=16, 2 steps, 300 examples, W=256, 1 bits | IVF16,PQ32x4fs,Refine(SQ8) |",
     ],
+    "bench_device.py": [
+        "| 2 x 8 tokens, 16 x 8 | TF32 |",
+        "| (a) looped GPT, d=32, T=16, 2 steps, batch 4 | bfloat16 |",
+        "| 300 x 64, 1 bits |",
+    ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 
