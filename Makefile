@@ -62,5 +62,5 @@ demo: $(READY)
 	@$(BIN)/loopsway demo
 
 clean:
-	rm -rf dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf dist tests/output .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 	find indexer service protos clients tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ SOURCE_ROOTS = ("indexer", "service", "protos", "clients")
 PACKAGES = (
     "indexer/loopsway/indexer",
     "indexer/loopsway/tasks",
+    "indexer/loopsway/experiments",
     "service/loopsway/service",
     "protos/loopsway/v1",
     "protos/loopsway/wire",
@@ -33,7 +34,10 @@ TOP_LEVEL = {
     "constraints.txt",
     "LICENSE",
 }
-BESIDE_LOOPSWAY = {"protos": {"generate.sh", "buf.yaml"}}
+BESIDE_LOOPSWAY = {
+    "protos": {"generate.sh", "buf.yaml"},
+    **{root: {"README.md"} for root in ("indexer", "service", "clients")},
+}
 
 
 @pytest.fixture(scope="module")

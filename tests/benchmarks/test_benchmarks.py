@@ -29,6 +29,7 @@ ROWS = {
     "bench_search.py": [
         "| 300 x 1,024, 1 bits | ours |",
         *("| 300 x 512, 16 bits | ours |", "| 300 x 128, 8 bits | ours |", "| FAISS SQfp16 |"),
+        *("| FAISS HNSW32, efSearch 128 |", "| FAISS IVF64, nprobe 16 |"),
     ],
     "bench_curation.py": [
         *(f"| 300 x 256, 1 bit | {job}" for job in ("mean of 20 queries", "each of 20 queries, top 0.1%")),
@@ -50,6 +51,17 @@ ROWS = {
             )
         ),
         "| looped GPT d=32, T=16, 2 steps, 300 examples, W=256, 1 bits | IVF16,PQ32x4fs,Refine(SQ8) |",
+    ],
+    "bench_device.py": [
+        "| 2 x 8 tokens, 16 x 8 | TF32 |",
+        "| (a) looped GPT, d=32, T=16, 2 steps, batch 4 | bfloat16 |",
+        "| 300 x 64, 1 bits |",
+    ],
+    "bench_service.py": [
+        *(f"| {query}, the {who} |" for query in ("a sketch", "an example") for who in ("engine", "service")),
+        *(f"| engine, batches of {size} |" for size in (1, 16, 32)),
+        *(f"| service, {callers} callers |" for callers in (1, 4, 16)),
+        *(f"| {share} x |" for share in ("0.5", "1", "2")),
     ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }

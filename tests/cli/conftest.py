@@ -45,10 +45,10 @@ def target(tiny_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @contextmanager
-def served(index: Path | str, folder: Path) -> Iterator[str]:
+def served(index: Path | str, folder: Path, *more: str) -> Iterator[str]:
     """Runs `loopsway serve` on an index of the small task; gives where it answers."""
     ready, log = folder / "ready", folder / "log"
-    options = ["--index", str(index), "--task", TASK_SPEC, "--port", "0", "--ready-file", str(ready)]
+    options = ["--index", str(index), "--task", TASK_SPEC, "--port", "0", "--ready-file", str(ready), *more]
     with (
         log.open("wb") as output,
         subprocess.Popen([*COMMAND, "serve", *options], stdout=output, stderr=output) as child,

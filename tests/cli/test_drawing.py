@@ -39,6 +39,7 @@ def test_influences_within_two_standard_errors_are_marked_and_dim() -> None:
     first = Ranking(step=0, proponents=(), opponents=(influencer("hurts", -3, 0.1),))
     result = InfluenceResult(
         recall=1.0,
+        coverage=1.0,
         query=QuerySummary(num_steps=1, losses=(0.5,), steps_without_gradient=(0,)),
         total=total,
         steps=(first,),
@@ -59,16 +60,18 @@ def test_influences_within_two_standard_errors_are_marked_and_dim() -> None:
     assert "step 0  no gradient at this step in training" in plain
 
 
-def test_an_answer_without_any_influence_says_none() -> None:
+def test_an_answer_says_that_it_has_no_influence_and_misses_shards() -> None:
     nothing = Ranking(step=None, proponents=(), opponents=())
     summary = QuerySummary(num_steps=1, losses=(), steps_without_gradient=())
     result = InfluenceResult(
-        recall=1.0, query=summary, total=nothing, steps=(), index="i", generation=1, fingerprint="f"
+        recall=1.0, coverage=0.75, query=summary, total=nothing, steps=(), index="i", generation=1, fingerprint="f"
     )
     answer = Answer(question="?", resolve="query_step", result=result)
     console = Console(file=io.StringIO(), width=100)
     rankings.show(answer, console)
-    assert "none" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    printed = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "none" in printed
+    assert "only 75% of the index's shards answered" in printed
     assert answer.curves(3).curves == []
     assert answer.to_json()["trajectories"]["example_ids"] == []
     drawn(answer.curves(3))

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
@@ -38,3 +39,10 @@ def test_an_address_that_others_reach_is_a_usage_error() -> None:
     result = invoke(["explore", "--host", "0.0.0.0", "--no-browser"])
     assert result.exit_code == 2
     assert "host 0.0.0.0 is not loopback" in result.stderr
+
+
+def test_a_certificate_that_can_not_be_read_is_told_before_anything_listens(tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").write_text("no certificate")
+    result = invoke(["explore", "--cert", tmp_path / "cert.pem", "--no-browser"])
+    assert result.exit_code == 2, result.output
+    assert "key" in result.stderr

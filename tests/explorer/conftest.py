@@ -19,9 +19,10 @@ from loopsway.client import AsyncClient, Client
 from loopsway.explorer import Explorer
 from loopsway.indexer import build_index, load_task
 from loopsway.service import Settings
-from serving import CONFIG, new_engine, running
+from serving import CONFIG, Gate, asked_for, running, without_model
 
-TASK_SPEC = f"{Path(__file__).with_name('markup_task.py')}:MarkupTask"
+TASK_FILE = Path(__file__).with_name("markup_task.py")
+TASK_SPEC, LONG_SPEC = f"{TASK_FILE}:MarkupTask", f"{TASK_FILE}:LongTask"
 OUTPUT = Path(__file__).parents[1] / "output" / "explorer"  # the screenshots; git ignores it
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -34,13 +35,13 @@ class Explored:
     """A gRPC server, and an explorer of it.
 
     Attributes:
-        task: the server's, which tests can hold at the gate.
+        gate: where tests can hold the server's model.
         client: of the same server.
     """
 
     url: str
     target: str
-    task: Any
+    gate: Gate
     client: Client
 
 
@@ -67,16 +68,18 @@ def exploring(target: str, timeout_s: float = 60) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def explore(markup_index: Path) -> Iterator[Callable[..., Explored]]:
+def explore(markup_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Explored]]:
     """Starts servers and explorers that end with the module: `explore(model=True, timeout_s=60, **settings)`."""
     with ExitStack() as stack:
 
         def start(*, model: bool = True, timeout_s: float = 60, **limits: Any) -> Explored:
-            settings = Settings(**{"port": 0, "grace_s": 1.0} | limits)
-            engine, task = new_engine(markup_index, settings, model=model, task_spec=TASK_SPEC)
-            target = f"127.0.0.1:{stack.enter_context(running([engine], settings))}"
+            gate = Gate(tmp_path_factory.mktemp("gate"))
+            asked = asked_for(markup_index, gate, TASK_SPEC) if model else without_model(markup_index)
+            settings = Settings(indices=(asked,), **{"port": 0, "grace_s": 1.0} | limits)
+            _, port = stack.enter_context(running(settings))
+            target = f"127.0.0.1:{port}"
             url = stack.enter_context(exploring(target, timeout_s))
-            return Explored(url=url, target=target, task=task, client=stack.enter_context(Client(target)))
+            return Explored(url=url, target=target, gate=gate, client=stack.enter_context(Client(target)))
 
         yield start
 
@@ -88,10 +91,10 @@ def explored(explore: Callable[..., Explored]) -> Explored:
 
 
 def chromium() -> str:
-    """Where chromium is. Where it must be (LOOPSWAY_NEEDS_CHROMIUM, as in CI), its absence is a failure."""
+    """Where chromium is. Where it must be (NEEDS_CHROMIUM, as in CI), its absence is a failure."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None and os.environ.get("LOOPSWAY_NEEDS_CHROMIUM"):
-        pytest.fail("there is no chromium, and LOOPSWAY_NEEDS_CHROMIUM is set; apt-get install chromium")
+    if found is None and os.environ.get("NEEDS_CHROMIUM"):
+        pytest.fail("there is no chromium, and NEEDS_CHROMIUM is set; apt-get install chromium")
     if found is None:
         pytest.skip("there is no chromium; apt-get install chromium")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,8 @@ import pytest
 
 from loopsway.client import AsyncClient, ExampleQuery, IdQuery, Influencer
 from loopsway.explorer import Explorer
+from loopsway.service import TokenSettings
+from loopsway.service.tokens import digest, new_token
 from serving import QUERIES
 
 from .conftest import Explored, exploring
@@ -160,17 +163,18 @@ def test_influences_are_the_clients_own(explored: Explored, resolve: Any) -> Non
     assert document["query"]["losses"] == approx(expected.query.losses)
     ids = [each.example_id for each in (*expected.total.proponents, *expected.total.opponents)]
     curves = explored.client.get_trajectories([query], ids, resolve=resolve)
-    for own, influences, errors in zip(
-        document["trajectories"], curves.influences[0], curves.standard_errors[0], strict=True
-    ):
+    for example_id, influences, errors in zip(ids, curves.influences[0], curves.standard_errors[0], strict=True):
+        own = document["trajectories"][example_id]
         assert own == {"influences": approx(influences), "standard_errors": approx(errors)}
+    ranked = (each for own in document["rankings"] for each in (*own["proponents"], *own["opponents"]))
+    assert set(document["trajectories"]) == {each["example_id"] for each in ranked}
 
 
 def test_one_example_is_the_clients_own_and_costs_no_model_call(explored: Explored) -> None:
     ask(explored.url, "influences", {"query": QUERY})
-    calls = explored.task.model_calls
+    calls = explored.gate.num_calls
     _, document = ask(explored.url, "example", {"query": QUERY, "example_id": "tiny-7"})
-    assert explored.task.model_calls == calls
+    assert explored.gate.num_calls == calls
     query = ExampleQuery(QUERIES[0])
     matrix = explored.client.get_trajectories([query], ["tiny-7"], resolve="step_matrix")
     assert np.array(document["matrix"]["influences"]) == approx(matrix.influences[0, 0])
@@ -253,13 +257,35 @@ def test_an_index_without_its_model_refuses_examples_and_still_shows_some(explor
 
 def test_a_server_that_is_late_is_told(explore: Callable[..., Explored]) -> None:
     explored = explore(timeout_s=0.5)
-    explored.task.gate.clear()
+    explored.gate.hold()
     try:
         response, document = ask(explored.url, "influences", {"query": QUERY})
     finally:
-        explored.task.gate.set()
+        explored.gate.open()
     assert response.status == 504, document
     assert "did not answer in time" in document["detail"]
+
+
+def test_a_token_that_the_server_wants_and_the_explorer_lacks_is_told(explore: Callable[..., Explored]) -> None:
+    tokens = (TokenSettings(name="reader", sha256=digest(new_token()), read=("*",)),)
+    response, document = ask(explore(tokens=tokens).url, "indices", {})
+    assert response.status == 403
+    assert "token" in document["detail"]
+
+
+def test_a_busy_server_is_told_with_when_to_come_back(explore: Callable[..., Explored]) -> None:
+    explored = explore(max_waiting=1, retry_after_s=1.0)
+    explored.gate.hold()
+    with ThreadPoolExecutor() as pool:
+        try:
+            # A question is two calls: of the first, one runs, and one more may wait; so of the second, one is refused.
+            first = pool.submit(ask, explored.url, "influences", {"query": QUERY})
+            explored.gate.wait_until_entered()
+            response, document = ask(explored.url, "influences", {"query": QUERY})
+        finally:
+            explored.gate.open()
+    assert (response.status, response.headers["Retry-After"]) == (429, "1"), document
+    first.result()
 
 
 def test_no_server_is_told_with_what_to_do() -> None:

@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 
 from loopsway.cli.child import running_server
 
-from .conftest import OUTPUT, Explored, exploring
+from .conftest import OUTPUT, Explored, chromium, exploring
 
 QUERY = json.dumps({"tokens": [0, 1, 2, 3, 4, 5]})
 RULES = {"resultTypes": ["violations"], "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}
@@ -51,6 +51,16 @@ def test_no_accessibility_rule_is_broken(
              for rule in results["violations"]]  # fmt: skip
     assert not found
     assert len(results["passes"]) > 20, "the rules were not applied"
+
+
+@pytest.mark.parametrize(("needed", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_without_a_chromium_these_tests_are_skipped_and_in_ci_they_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, needed: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("NEEDS_CHROMIUM", needed)
+    with pytest.raises(outcome, match="apt-get install chromium"):
+        chromium()
 
 
 @pytest.mark.timeout(600)  # the first test that asks for the demo trains its model

@@ -17,10 +17,11 @@ import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from loopsway.client import ExampleQuery, IdQuery
+from loopsway.indexer import build_index, load_task
 from loopsway.service import Settings
-from serving import QUERIES, new_engine, running
+from serving import CONFIG, QUERIES, Gate, asked_for, running
 
-from .conftest import TASK_SPEC, Explored, exploring
+from .conftest import LONG_SPEC, TASK_SPEC, Explored, exploring
 
 QUERY = json.dumps(QUERIES[0])
 STEPS = 3
@@ -60,13 +61,13 @@ def saved_rows(page: Page, button: str) -> list[dict[str, str]]:
 
 
 @contextmanager
-def held(task: Any) -> Iterator[None]:
+def held(gate: Gate) -> Iterator[None]:
     """The server's model waits meanwhile."""
-    task.gate.clear()
+    gate.hold()
     try:
         yield
     finally:
-        task.gate.set()
+        gate.open()
 
 
 def test_a_typed_query_shows_the_clients_rankings(page: Page, explored: Explored) -> None:
@@ -276,7 +277,7 @@ def test_a_wrong_query_is_told_beside_its_field(
 
 def test_loading_is_shown_and_said(page: Page, explored: Explored) -> None:
     opened(page, explored, example=QUERY)
-    with held(explored.task):
+    with held(explored.gate):
         page.locator("#ask").click()
         expect(page.locator("#progress")).to_be_visible()
         expect(page.locator("#answer")).to_have_attribute("aria-busy", "true")
@@ -287,7 +288,7 @@ def test_loading_is_shown_and_said(page: Page, explored: Explored) -> None:
 
 def test_a_later_question_wins_over_an_earlier_one(page: Page, explored: Explored) -> None:
     opened(page, explored, example=QUERY)
-    with held(explored.task):
+    with held(explored.gate):
         page.locator("#ask").click()
         page.locator("#query").fill(json.dumps(QUERIES[1]))
         page.locator("#ask").click()
@@ -297,13 +298,13 @@ def test_a_later_question_wins_over_an_earlier_one(page: Page, explored: Explore
 
 
 def test_a_server_that_is_away_is_told_and_asked_again(page: Page, markup_index: Path) -> None:
-    with running([new_engine(markup_index, Settings(port=0), task_spec=TASK_SPEC)[0]], Settings(port=0)) as port:
+    with running(Settings(indices=(asked_for(markup_index, task=TASK_SPEC),), port=0)) as (_, port):
         pass  # its port is free again
     with exploring(f"127.0.0.1:{port}", timeout_s=5) as url:
         page.goto(url)
         expect(page.locator("#alert")).to_contain_text(f"127.0.0.1:{port}")
-        settings = Settings(port=port, grace_s=1.0)
-        with running([new_engine(markup_index, settings, task_spec=TASK_SPEC)[0]], settings):
+        settings = Settings(indices=(asked_for(markup_index, task=TASK_SPEC),), port=port, grace_s=1.0)
+        with running(settings):
             for _ in range(10):
                 page.get_by_role("button", name="Try again").click()
                 expect(page.locator("html:not([data-busy])")).to_be_attached()
@@ -346,6 +347,32 @@ def test_tables_are_saved_as_csv_and_charts_as_png(page: Page, explored: Explore
         assert float(row["influence"]) == pytest.approx(each.influence, rel=1e-4, abs=1e-6)
     for button in ("save-trajectory-png", "save-matrix-png"):
         assert saved(page, button).startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_many_steps_and_those_outside_the_loop_stand_in_line_with_the_chart(
+    page: Page, tmp_path: Path, width: int
+) -> None:
+    path = tmp_path / "markup.index"
+    build_index(load_task(LONG_SPEC), path, CONFIG, task_spec=LONG_SPEC, progress=False)
+    settings = Settings(indices=(asked_for(path, task=LONG_SPEC),), port=0, grace_s=1.0)
+    page.set_viewport_size({"width": width, "height": 1000})
+    with running(settings) as (_, port), exploring(f"127.0.0.1:{port}") as url:
+        page.goto(f"{url}?{urlencode({'example': QUERY, 'step': 30})}")
+        answered(page)
+        expect(page.locator("caption").first).to_contain_text("Proponents before the loop")
+        for step, place in [(31, "after the loop"), (4, "at step 4"), (17, "at step 17")]:
+            page.locator(f"#step-{step}").click()
+            expect(page.locator("caption").first).to_contain_text(f"Proponents {place}")
+            tab = page.locator(f"#step-{step}").bounding_box()
+            band = page.locator("#trajectory .shapelayer path").first.bounding_box()  # marks the chosen step
+            assert tab is not None
+            assert band is not None
+            assert (tab["x"], tab["width"]) == (
+                pytest.approx(band["x"], abs=1.5),
+                pytest.approx(band["width"], abs=1.5),
+            )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def luminance(page: Page, what: Locator, name: str) -> float:

@@ -26,7 +26,7 @@ from loopsway.indexer import Index, SketchConfig, add_examples, delete_examples,
 from loopsway.indexer.building.examples import SubsetTask
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search import device_scan
-from loopsway.indexer.search.device_scan import DeviceScan
+from loopsway.indexer.search.device_scan import DeviceScan, looked_up
 from loopsway.indexer.search.filters import matching_rows
 from loopsway.indexer.search.ranking import TOTAL, Pair, pairs
 from loopsway.indexer.search.scan import Rows
@@ -349,3 +349,11 @@ def test_a_device_that_is_not_there_is_named(whole_index: Path, device: str, tex
 def test_a_negative_budget_is_refused(whole_index: Path) -> None:
     with pytest.raises(ValueError, match="device_bytes is -1, expected at least 0"):
         open_index(whole_index, device_bytes=-1)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+@pytest.mark.parametrize("values", [1, 2, 4, 8])
+def test_rows_of_a_table_are_looked_up_as_one_number(kind: torch.dtype, values: int) -> None:
+    cells = torch.randn(256, values, generator=torch.Generator().manual_seed(0)).to(kind)
+    codes = torch.arange(255, -1, -1, dtype=torch.int32)
+    assert torch.equal(looked_up(cells, codes), cells.flip(0).flatten())

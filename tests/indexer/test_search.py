@@ -297,3 +297,18 @@ def test_recall_is_measured(built: tuple[Index, np.ndarray]) -> None:
     index, _ = built
     assert index.recall["recall@10"] >= 0.99
     assert set(index.recall["by_slot"]) == {"total", *map(str, range(index.num_steps))}
+
+
+def test_a_search_ends_between_slots_when_it_is_told_to(one_bit: tuple[Index, np.ndarray]) -> None:
+    index, queries = one_bit
+    for read in (index.search, index.scores):
+        parts: list[int] = []
+
+        def go_on(parts: list[int] = parts) -> None:
+            parts.append(1)
+            if len(parts) > 2:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            read(queries[0], resolve="train_step", go_on=go_on)
+        assert len(parts) == 3

@@ -14,7 +14,7 @@ import pytest
 from loopsway.indexer import ExampleSketcher, Index, build_index, load_task, open_index
 from loopsway.service import Settings
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import CONFIG, QUERIES, TASK_SPEC, Served, new_engine, running
+from serving import CONFIG, QUERIES, TASK_SPEC, Gate, Served, asked_for, running, without_model
 
 
 @pytest.fixture(scope="session")
@@ -42,16 +42,18 @@ def sketches(sketcher: ExampleSketcher) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def serve(index_path: Path) -> Iterator[Callable[..., Served]]:
-    """Starts servers that end with the module: `serve(model=True, **settings)`."""
+def serve(index_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
+    """Starts servers that end with the module: `serve(path=index_path, model=True, **settings)`."""
     with ExitStack() as stack:
 
-        def start(*, model: bool = True, **limits: Any) -> Served:
-            settings = Settings(**{"port": 0, "grace_s": 1.0} | limits)
-            engine, task = new_engine(index_path, settings, model=model)
-            target = f"127.0.0.1:{stack.enter_context(running([engine], settings))}"
+        def start(*, path: Path = index_path, model: bool = True, **limits: Any) -> Served:
+            gate = Gate(tmp_path_factory.mktemp("gate"))
+            asked = asked_for(path, gate) if model else without_model(path)
+            settings = Settings(indices=(asked,), **{"port": 0, "grace_s": 1.0, "batch_size": 8} | limits)
+            server, port = stack.enter_context(running(settings))
+            target = f"127.0.0.1:{port}"
             channel = stack.enter_context(grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]))
-            return Served(target=target, stub=AttributionStub(channel), channel=channel, engine=engine, task=task)
+            return Served(target=target, stub=AttributionStub(channel), channel=channel, server=server, gate=gate)
 
         yield start
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-from loopsway.indexer import ExampleSketcher, Index, Influencers, Ranked
+from loopsway.indexer import ExampleSketcher, Index, Influencers, Ranked, load_task
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor, to_tensor
-from serving import QUERIES, Served
+from serving import QUERIES, TASK_SPEC, Served
 
 MODES: dict[str, Any] = {
     "query_step": pb.RESOLVE_MODE_QUERY_STEP,
@@ -56,7 +56,7 @@ def test_influences_are_those_of_the_index(
     if kind == "example_id":
         rows = [5, 0, 47]
         queries = [pb.Query(example_id=f"tiny-{row}") for row in rows]
-        values = sketcher.sketch([served.task.examples()[row] for row in rows]).values.numpy()
+        values = sketcher.sketch([load_task(TASK_SPEC).examples()[row] for row in rows]).values.numpy()
     else:
         values = sketches
         queries = [json_query(query) for query in QUERIES]

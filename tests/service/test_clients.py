@@ -183,28 +183,27 @@ def test_a_slow_answer_is_a_deadline_error_and_a_full_queue_says_when_to_come_ba
     serve: Callable[..., Served],
 ) -> None:
     served = serve(max_waiting=0, retry_after_s=2.5)
-    served.task.gate.clear()
-    served.task.entered.clear()
-    with Client(served.target, timeout_s=60) as client:
+    served.gate.hold()
+    with Client(served.target, timeout_s=60, overload_retries=0) as client:
         answers = []
         first = threading.Thread(target=lambda: answers.extend(client.find_influences([IdQuery("tiny-0")])))
         first.start()
         try:
-            assert served.task.entered.wait(30)
+            served.gate.wait_until_entered()
             with pytest.raises(OverloadedError, match=r"ask again in 2.5 s") as caught:
                 client.find_influences([IdQuery("tiny-1")])
             assert caught.value.retry_after_s == 2.5
         finally:
-            served.task.gate.set()
+            served.gate.open()
             first.join(60)
         assert len(answers) == 1
-        served.task.gate.clear()
+        served.gate.hold()
         start = time.monotonic()
         with pytest.raises(DeadlineError, match="raise timeout_s") as late:
             client.find_influences([IdQuery("tiny-1")], timeout_s=0.2)
         assert isinstance(late.value, TimeoutError)
         assert time.monotonic() - start < 10
-        served.task.gate.set()
+        served.gate.open()
 
 
 def test_several_indices_need_a_name(served: Served, client: Client) -> None:

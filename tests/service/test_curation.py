@@ -148,7 +148,7 @@ def test_neighbors_are_those_of_the_index(client: Client, index: Index, by: Any,
 WRONG_NEIGHBORS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str, str]] = {
     "unknown": ({"example_ids": ["x"]}, grpc.StatusCode.NOT_FOUND, "example_ids[0]", "'x'"),
     "none": ({"example_ids": []}, grpc.StatusCode.INVALID_ARGUMENT, "example_ids", "0 example ids, expected 1 to 64"),
-    "many": ({"example_ids": ["tiny-1"] * 65}, grpc.StatusCode.INVALID_ARGUMENT, "example_ids", "65 example ids"),
+    "many": ({"example_ids": ["tiny-1"] * 65}, grpc.StatusCode.INVALID_ARGUMENT, "example_ids", "65 example_ids"),
     "k": ({"k": 0}, grpc.StatusCode.INVALID_ARGUMENT, "k", "k is 0"),
     "step": ({"step": 3}, grpc.StatusCode.INVALID_ARGUMENT, "step", "step 3 does not exist; expected 0 to 2"),
     "similarity": ({"similarity": 9}, grpc.StatusCode.INVALID_ARGUMENT, "similarity", "no Similarity"),

@@ -30,10 +30,10 @@ from loopsway.client import (
     RowGradient,
 )
 from loopsway.client.gradients import CHUNK_BYTES, gradient_requests
-from loopsway.indexer import ExampleSketcher, SketchConfig, build_index, load_task, open_index, query_gradients
-from loopsway.service import Engine, Settings
+from loopsway.indexer import ExampleSketcher, SketchConfig, build_index, load_task, query_gradients
+from loopsway.service import Settings
 from loopsway.v1 import attribution_pb2 as pb
-from serving import QUERIES, TASK_SPEC, Served, running
+from serving import QUERIES, TASK_SPEC, Served, running, without_model
 
 TOLERANCE = 1e-5
 # What gradients of each model come as: those of one that has to be untied are entries alone.
@@ -63,8 +63,8 @@ def looped_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("looped")
     for kind in FORMS:
         build_index(task_of(kind), folder / f"{kind}.index", SketchConfig(width=256, bits=8), progress=False)
-    engines = [Engine(open_index(folder / f"{kind}.index")) for kind in FORMS]
-    with running(engines, Settings(port=0, grace_s=1.0)) as port:
+    indices = [without_model(folder / f"{kind}.index") for kind in FORMS]
+    with running(Settings(indices=indices, port=0, grace_s=1.0)) as (_, port):
         yield f"127.0.0.1:{port}"
 
 
@@ -260,27 +260,34 @@ def until_admitted(client: Client, query: QueryGradients) -> None:
             return
 
 
-def until_refused(client: Client, query: QueryGradients) -> None:
-    for _ in range(1000):
-        client.sketch_gradients(query)
+def open_stream(
+    served: Served, client: Client, query: QueryGradients, ended: threading.Event
+) -> tuple[Any, OverloadedError]:
+    """A stream that has the server's only place and sends no more, and how the next one is refused."""
+    requests = list(gradient_requests(query, ""))
+
+    def halting() -> Iterator[pb.SketchGradientsRequest]:
+        yield from requests[:2]
+        ended.wait(60)
+
+    stream = served.stub.SketchGradients.future(halting(), timeout=60)
+    while True:
+        try:
+            client.sketch_gradients(query)
+        except OverloadedError as error:
+            return stream, error
+        if stream.done():  # it came while this client's stream had the place
+            stream = served.stub.SketchGradients.future(halting(), timeout=60)
 
 
 def test_a_stream_that_stalls_is_ended_and_leaves_its_place(
     serve: Callable[..., Served], query: QueryGradients
 ) -> None:
-    served = serve(stall_s=2, max_streams=1)
-    requests = list(gradient_requests(query, ""))
-    ended = threading.Event()
-
-    def stalling() -> Iterator[pb.SketchGradientsRequest]:
-        yield from requests[:2]
-        ended.wait(60)
-
-    stalled = served.stub.SketchGradients.future(stalling(), timeout=60)
-    with Client(served.target) as client:
-        with pytest.raises(OverloadedError, match="1 streams open") as caught:
-            until_refused(client, query)
-        assert caught.value.retry_after_s == 1
+    served, ended = serve(stall_s=2, max_streams=1), threading.Event()
+    with Client(served.target, overload_retries=0) as client:
+        stalled, refused = open_stream(served, client, query, ended)
+        assert "1 streams open" in str(refused)
+        assert refused.retry_after_s == 1
         error: Any = stalled.exception(60)
         ended.set()
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -289,19 +296,10 @@ def test_a_stream_that_stalls_is_ended_and_leaves_its_place(
 
 
 def test_a_stream_that_is_cut_leaves_its_place(serve: Callable[..., Served], query: QueryGradients) -> None:
-    served = serve(max_streams=1)
-    requests = list(gradient_requests(query, ""))
-    ended = threading.Event()
-
-    def halting() -> Iterator[pb.SketchGradientsRequest]:
-        yield from requests[:2]
-        ended.wait(60)
-
-    call = served.stub.SketchGradients.future(halting(), timeout=60)
-    with Client(served.target) as client:
-        with pytest.raises(OverloadedError):
-            until_refused(client, query)
-        call.cancel()
+    served, ended = serve(max_streams=1), threading.Event()
+    with Client(served.target, overload_retries=0) as client:
+        stream, _ = open_stream(served, client, query, ended)
+        stream.cancel()
         ended.set()
         until_admitted(client, query)
 
@@ -314,7 +312,7 @@ def test_an_optimizer_aware_index_says_where_gradients_can_be_sketched(tmp_path:
     path = tmp_path / "aware.index"
     build_index(Aware(count=8), path, SketchConfig(width=256, bits=8, optimizer_aware=True), progress=False)
     with ExitStack() as stack:
-        port = stack.enter_context(running([Engine(open_index(path))], Settings(port=0, grace_s=1.0)))
+        _, port = stack.enter_context(running(Settings(indices=[without_model(path)], port=0, grace_s=1.0)))
         client = stack.enter_context(Client(f"127.0.0.1:{port}"))
         with pytest.raises(LoopswayError, match="sketch where the task is") as caught:
             client.sketch_gradients(query)

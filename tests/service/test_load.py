@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,9 +16,10 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from loopsway.service.loading import load_engine
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served
+from serving import QUERIES, Served, assert_alike, wait_for, without_model
 
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=3)
 
@@ -24,19 +28,11 @@ EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUE
 def held(serve: Callable[..., Served]) -> Iterator[tuple[Served, grpc.Future]]:
     """A server that admits two waiting requests, and a first request, held in the model until the gate opens."""
     served = serve(max_waiting=2)
-    served.task.gate.clear()
-    served.task.entered.clear()
+    served.gate.hold()
     first = served.stub.FindInfluences.future(EXAMPLE)
-    assert served.task.entered.wait(30)
+    served.gate.wait_until_entered()
     yield served, first
-    served.task.gate.set()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    served.gate.open()
 
 
 def test_a_full_queue_is_resource_exhausted_and_says_when_to_come_back(held: tuple[Served, grpc.Future]) -> None:
@@ -52,14 +48,14 @@ def test_a_full_queue_is_resource_exhausted_and_says_when_to_come_back(held: tup
     assert status is not None
     assert status.details[0].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 1000
-    served.task.gate.set()
+    served.gate.open()
     answers = [call.result(60) for call in (first, *waiting)]
     assert_alike(answers, [served.stub.FindInfluences(EXAMPLE)] * 3)
 
 
 def test_requests_that_nobody_waits_for_cost_no_model_call(held: tuple[Served, grpc.Future]) -> None:
     served, first = held
-    before = served.task.model_calls  # the held one's first of two: one for each checkpoint
+    before = served.gate.num_calls  # the held one's first of two: one for each checkpoint
     cancelled = served.stub.FindInfluences.future(EXAMPLE)
     wait_for(lambda: served.engine.num_admitted == 2)
     cancelled.cancel()
@@ -67,11 +63,41 @@ def test_requests_that_nobody_waits_for_cost_no_model_call(held: tuple[Served, g
         served.stub.FindInfluences(EXAMPLE, timeout=0.2)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     wait_for(lambda: served.engine.num_admitted == 1)
-    served.task.gate.set()
+    served.gate.open()
     assert first.result(60).results
     after = served.stub.FindInfluences(EXAMPLE)  # behind them in the queue: they are over when it is
     assert after.results
-    assert served.task.model_calls - before == 1 + 2
+    assert served.gate.num_calls - before == 1 + 2
+
+
+def test_a_request_cancelled_in_the_model_costs_no_further_checkpoint(held: tuple[Served, grpc.Future]) -> None:
+    served, first = held
+    before = served.gate.num_calls
+    first.cancel()
+    wait_for(lambda: served.engine.num_admitted == 0)
+    served.gate.open()
+    assert served.stub.FindInfluences(EXAMPLE).results
+    assert served.gate.num_calls - before == 2, "the late checkpoint was run for the second request alone"
+
+
+async def test_cancelled_work_of_a_search_ends_at_its_next_part(index_path: Path) -> None:
+    engine = load_engine(without_model(index_path))
+    begun, ended = threading.Event(), threading.Event()
+
+    def work(go_on: Callable[[], None]) -> None:
+        begun.set()
+        try:
+            while True:
+                go_on()
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    task = asyncio.create_task(engine._in_thread(work))
+    assert await asyncio.to_thread(begun.wait, 30)
+    task.cancel()
+    assert await asyncio.to_thread(ended.wait, 30)
+    await asyncio.to_thread(engine.close)
 
 
 def example(query: object) -> pb.FindInfluencesRequest:
@@ -81,19 +107,18 @@ def example(query: object) -> pb.FindInfluencesRequest:
 def test_requests_that_wait_share_a_batch_and_answer_as_alone(serve: Callable[..., Served]) -> None:
     served = serve(max_waiting=10)
     alone = [served.stub.FindInfluences(example(query)) for query in QUERIES]
-    served.task.gate.clear()
-    served.task.entered.clear()
+    served.gate.hold()
     first = served.stub.FindInfluences.future(EXAMPLE)
-    assert served.task.entered.wait(30)
-    before = served.task.model_calls  # one for each checkpoint and batch; the held one's first is counted
+    served.gate.wait_until_entered()
+    before = served.gate.num_calls  # one for each checkpoint and batch; the held one's first is counted
     bad = [example(QUERIES[0] | {"num_steps": 0}), example(QUERIES[0] | {"tokens": [9] * 6})]
     good = [served.stub.FindInfluences.future(example(query)) for query in QUERIES]
     refused = [served.stub.FindInfluences.future(request) for request in bad[1:]]
     wait_for(lambda: served.engine.num_admitted == 6)
-    served.task.gate.set()
+    served.gate.open()
     assert_alike([call.result(60) for call in (first, *good)], [alone[0], *alone])
     assert refused[0].code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert served.task.model_calls - before == 1 + 2, "the four were sketched together"
+    assert served.gate.num_calls - before == 1 + 2, "the four were sketched together"
 
 
 def test_a_query_that_the_model_cannot_run_fails_alone(held: tuple[Served, grpc.Future]) -> None:
@@ -101,7 +126,7 @@ def test_a_query_that_the_model_cannot_run_fails_alone(held: tuple[Served, grpc.
     good = served.stub.FindInfluences.future(example(QUERIES[1]))
     bad = served.stub.FindInfluences.future(example(QUERIES[0] | {"num_steps": 0}))
     wait_for(lambda: served.engine.num_admitted == 3)
-    served.task.gate.set()
+    served.gate.open()
     assert first.result(60).results
     assert_alike([good.result(60)], [served.stub.FindInfluences(example(QUERIES[1]))])
     assert bad.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -112,24 +137,11 @@ def test_a_lone_query_waits_for_others_only_when_told_to(serve: Callable[..., Se
     served = serve(batch_delay_s=0.3)
     begin = time.monotonic()
     calls = [served.stub.FindInfluences.future(example(query)) for query in QUERIES]
-    before = served.task.model_calls
+    before = served.gate.num_calls
     for call in calls:
         assert call.result(60).results
-    assert served.task.model_calls - before <= 4
+    assert served.gate.num_calls - before <= 4
     assert time.monotonic() - begin > 0.3
-
-
-def assert_alike(answers: list[Any], expected: list[Any]) -> None:
-    """To rounding: another batch adds in another order."""
-    for answer, alone in zip(answers, expected, strict=True):
-        for mine, other in zip(answer.results, alone.results, strict=True):
-            for found, ranking in zip([mine.total, *mine.steps], [other.total, *other.steps], strict=True):
-                for side in ("proponents", "opponents"):
-                    got, want = getattr(found, side), getattr(ranking, side)
-                    assert [each.example_id for each in got] == [each.example_id for each in want]
-                    for one, same in zip(got, want, strict=True):
-                        assert one.influence == pytest.approx(same.influence, rel=1e-4)
-                        assert one.standard_error == pytest.approx(same.standard_error, rel=1e-4)
 
 
 def test_clients_at_once_get_the_answers_they_get_alone(served: Served) -> None:

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
-from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task
+from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task, open_index
 from loopsway.indexer.store.folders import LocalFolder
 from loopsway.indexer.store.sealed import read_sealed, write_sealed
-from loopsway.service import LoadError, Settings, load_engine
+from loopsway.service import IndexSettings, LoadError, Settings
+from loopsway.service.loading import load_engine
+from loopsway.service.worker import ModelWorker
 from serving import CONFIG, TASK_SPEC
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[ModelWorker]:
+    worker = ModelWorker(Settings(), "cpu")
+    yield worker
+    await worker.stop()
+
+
+async def load(worker: ModelWorker, path: Path, task: str, task_arguments: dict[str, Any] | None = None) -> None:
+    """As a server does at its start."""
+    engine = load_engine(IndexSettings(path=str(path), task=task, task_arguments=task_arguments))
+    try:
+        await engine.warm_up(worker)
+    finally:
+        await asyncio.to_thread(engine.close)
 
 
 def test_the_task_that_an_index_names_does_not_run_unasked(index_path: Path) -> None:
     with pytest.raises(LoadError, match=r"names the task .*tiny_task.py:TinyTask, which is not one of Loopsway's own"):
-        load_engine(index_path)
+        load_engine(IndexSettings(path=str(index_path)))
 
 
 def test_a_path_that_poses_as_a_shipped_task_does_not_run(index_path: Path, tmp_path: Path) -> None:
@@ -26,41 +49,45 @@ def test_a_path_that_poses_as_a_shipped_task_does_not_run(index_path: Path, tmp_
     manifest["parts"][0]["plan"]["task_spec"] = f"loopsway.tasks./../{TASK_SPEC}"
     write_sealed(LocalFolder(copy), "manifest.json", manifest)
     with pytest.raises(LoadError, match="not one of Loopsway's own"):
-        load_engine(copy)
+        load_engine(IndexSettings(path=str(copy)))
 
 
 def test_a_task_named_by_hand_runs(index_path: Path) -> None:
-    engine = load_engine(index_path, TASK_SPEC)
+    engine = load_engine(IndexSettings(path=str(index_path), task=TASK_SPEC))
     assert engine.accepts_examples
     engine.close()
 
 
 def test_without_its_model_an_index_runs_no_task(index_path: Path) -> None:
-    engine = load_engine(index_path, model=False)
+    engine = load_engine(IndexSettings(path=str(index_path), model=False))
     assert not engine.accepts_examples
     engine.close()
     with pytest.raises(LoadError, match="drop one"):
-        load_engine(index_path, TASK_SPEC, model=False)
+        load_engine(IndexSettings(path=str(index_path), task=TASK_SPEC, model=False))
 
 
 def test_an_index_is_opened_on_the_device_that_its_model_is_on(index_path: Path) -> None:
     with pytest.raises(ValueError, match="device 'gpu' can't be used"):
-        load_engine(index_path, model=False, device="gpu")
+        load_engine(IndexSettings(path=str(index_path), model=False, device="gpu"))
 
 
 def test_an_index_that_names_no_task_asks_for_one(tmp_path: Path) -> None:
     build_index(load_task(TASK_SPEC), tmp_path / "nameless.index", CONFIG, progress=False)
     with pytest.raises(LoadError, match="names no task: give --task"):
-        load_engine(tmp_path / "nameless.index")
+        load_engine(IndexSettings(path=str(tmp_path / "nameless.index")))
 
 
-def test_a_model_of_other_checkpoints_is_refused_naming_both_fingerprints(index_path: Path) -> None:
+async def test_a_model_of_other_checkpoints_is_refused_naming_both_fingerprints(
+    index_path: Path, worker: ModelWorker
+) -> None:
     with pytest.raises(LoadError, match="other checkpoints") as caught:
-        load_engine(index_path, TASK_SPEC, {"learning_rate": 0.2})
+        await load(worker, index_path, TASK_SPEC, {"learning_rate": 0.2})
     assert str(caught.value).count("fingerprint") == 1
-    engine = load_engine(index_path, TASK_SPEC, {"learning_rate": 0.1})
-    assert engine.index.fingerprint in str(caught.value)
-    engine.close()
+    assert open_index(index_path).fingerprint in str(caught.value)
+    await load(worker, index_path, TASK_SPEC, {"learning_rate": 0.1})
+    with pytest.raises(LoadError, match="does not take the arguments"):
+        await load(worker, index_path, TASK_SPEC, {"unheard": 1})
+    assert worker.num_starts == 1
 
 
 FROM_FILE = """
@@ -77,30 +104,30 @@ class FromFile(Tiny):
 """
 
 
-def test_weights_that_changed_since_the_build_are_refused(tmp_path: Path) -> None:
+async def test_weights_that_changed_since_the_build_are_refused(tmp_path: Path, worker: ModelWorker) -> None:
     weights, task_file = tmp_path / "only.safetensors", tmp_path / "from_file.py"
     task_file.write_text(FROM_FILE.format(spec=TASK_SPEC, weights=str(weights)))
     model = load_task(TASK_SPEC).model(Checkpoint(name="only", learning_rate=0.1))
     save_file(model.state_dict(), weights)
     path, spec = tmp_path / "tiny.index", f"{task_file}:FromFile"
     build_index(load_task(spec), path, CONFIG, progress=False)
-    load_engine(path, spec).close()
+    await load(worker, path, spec)
     save_file({name: value + 1 for name, value in model.state_dict().items()}, weights)
     with pytest.raises(LoadError, match=r"weights of checkpoint only of task .* are not those"):
-        load_engine(path, spec)
+        await load(worker, path, spec)
 
 
-def test_the_arguments_of_the_build_are_used_again(tmp_path: Path) -> None:
+async def test_the_arguments_of_the_build_are_used_again(tmp_path: Path, worker: ModelWorker) -> None:
     arguments = {"learning_rate": 0.3}
     task = load_task(TASK_SPEC, arguments)
     path = tmp_path / "tiny.index"
     build_index(task, path, SketchConfig(width=64), task_spec=TASK_SPEC, task_arguments=arguments, progress=False)
-    load_engine(path, TASK_SPEC).close()
+    await load(worker, path, TASK_SPEC)
 
 
 def test_no_index_is_a_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(IndexNotFoundError):
-        load_engine(tmp_path / "none.index")
+        load_engine(IndexSettings(path=str(tmp_path / "none.index")))
 
 
 @pytest.mark.parametrize(
@@ -115,3 +142,11 @@ def test_no_index_is_a_file_not_found(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**wrong)
+
+
+def test_an_index_that_one_process_reads_needs_no_ray(index_path: Path) -> None:
+    program = (
+        "import sys; from loopsway.service import IndexSettings; from loopsway.service.loading import load_engine;"
+        f"load_engine(IndexSettings(path={str(index_path)!r}, model=False)).close(); sys.exit('ray' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -23,29 +22,19 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loopsway.service import Settings, create_server
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, TASK_SPEC, Served, new_engine
+from serving import QUERIES, TASK_SPEC, Served, without_model
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
-# What `loopsway serve` does, held in the model for as long as there is a file `hold`.
+# What `loopsway serve` does.
 CHILD = """
-import sys, time
+import sys
 from pathlib import Path
-from loopsway.service import Settings, load_engine, serve
+from loopsway.service import Settings, serve
 
 index, task, folder = sys.argv[1:]
-engine = load_engine(index, task)
-TinyTask = type(engine._model._task)
-losses, hold, entered = TinyTask.losses, Path(folder, "hold"), Path(folder, "entered")
-
-def held(self, model, batch):
-    while hold.exists():
-        entered.touch()
-        time.sleep(0.01)
-    return losses(self, model, batch)
-
-TinyTask.losses = held
-serve([engine], Settings(port=0, grace_s=30), ready_file=Path(folder, "ready.json"))
+asked = {"path": index, "task": task, "task_arguments": {"gate": folder}}
+serve(Settings(indices=[asked], port=0, grace_s=30), ready_file=Path(folder, "ready.json"))
 print("ended", flush=True)
 """
 
@@ -74,36 +63,28 @@ def test_reflection_lists_the_service_and_gives_its_proto(served: Served) -> Non
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
 def test_an_address_that_others_reach_is_refused_unless_asked_for(index_path: Path, host: str) -> None:
-    engine, _ = new_engine(index_path, Settings(), model=False)
     with pytest.raises(ValueError, match=f"host {host} is not loopback"):
-        create_server([engine], Settings(host=host, port=0))
-    engine.close()
+        create_server(Settings(indices=(without_model(index_path),), host=host, port=0))
 
 
 async def test_an_insecure_bind_is_possible_when_asked_for(index_path: Path) -> None:
-    settings = Settings(host="0.0.0.0", port=0, insecure_bind=True, grace_s=0)
-    engine, _ = new_engine(index_path, settings, model=False)
-    server, port = create_server([engine], settings)
+    settings = Settings(indices=(without_model(index_path),), host="0.0.0.0", port=0, insecure_bind=True, grace_s=0)
+    server, port = create_server(settings)
     assert port > 0
     await server.stop()
 
 
 async def test_a_taken_port_is_an_error_that_names_it(index_path: Path, served: Served) -> None:
-    settings = Settings(port=int(served.target.rpartition(":")[2]))
-    engine, _ = new_engine(index_path, settings, model=False)
+    settings = Settings(indices=(without_model(index_path),), port=int(served.target.rpartition(":")[2]))
     with pytest.raises(OSError, match=f"can't listen on {served.target}: the port is taken"):
-        create_server([engine], settings)
-    await asyncio.to_thread(engine.close)
+        create_server(settings)
 
 
 def test_two_indices_of_one_name_are_refused(index_path: Path) -> None:
-    engines = [new_engine(index_path, Settings(), model=False)[0] for _ in range(2)]
-    with pytest.raises(ValueError, match="named tiny, tiny: each needs its own name"):
-        create_server(engines)
+    with pytest.raises(ValueError, match="two indices are named tiny: give one another name, as NAME=PATH"):
+        create_server(Settings(indices=[without_model(index_path)] * 2))
     with pytest.raises(ValueError, match="no indices to serve"):
-        create_server([])
-    for engine in engines:
-        engine.close()
+        create_server(Settings())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +136,8 @@ def is_refused(stub: AttributionStub) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_running_requests_and_ends_the_server(child: Child, number: signal.Signals) -> None:
     request = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))])
-    (child.folder / "hold").touch()
+    (child.folder / "held").touch()
+    (child.folder / "entered").unlink()
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(f"127.0.0.1:{child.port}", options=options) as channel:
         stub = AttributionStub(channel)
@@ -165,7 +147,7 @@ def test_a_signal_drains_running_requests_and_ends_the_server(child: Child, numb
         wait_for(lambda: is_refused(stub), child.process)
         assert not (child.folder / "ready.json").exists()
         assert not running.done()
-        (child.folder / "hold").unlink()
+        (child.folder / "held").unlink()
         assert running.result(60).results
     output, errors = child.process.communicate(timeout=60)
     assert child.process.returncode == 0, errors

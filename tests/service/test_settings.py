@@ -39,8 +39,11 @@ def test_a_list_in_a_variable_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("porrt = 7", r"porrt is no setting; the settings are indices, host, port,"),
-        ("[[indices]]\npath = 'x'\ntsk = 'y'", r"indices\[0\].tsk is no setting; .* of indices\[0\] are path, task,"),
+        ("porrt = 7", r"porrt is no setting; the settings are indices, aliases, host, port,"),
+        (
+            "[[indices]]\npath = 'x'\ntsk = 'y'",
+            r"indices\[0\].tsk is no setting; .* of indices\[0\] are path, name, task,",
+        ),
         ("[[indices]]\ntask = 'y'", r"indices\[0\].path: missing"),
         ("port = 70000", "port is 70000, expected less than or equal to 65535"),
         ("max_k = 'many'", "max_k is 'many', expected a valid integer"),
@@ -67,7 +70,9 @@ def test_the_check_opens_every_index(index_path: Path, tmp_path: Path) -> None:
     assert line == "index tiny: 48 examples, generation 1"
     with pytest.raises(OSError, match="there is no index at"):
         check_settings(Settings(indices=[str(index_path), str(tmp_path / "none.index")]))
-    with pytest.raises(SettingsError, match="both named tiny; rename one"):
+    with pytest.raises(SettingsError, match="both named tiny; give one another name"):
         check_settings(Settings(indices=[str(index_path)] * 2))
+    with pytest.raises(SettingsError, match="alias live is of index none, the indices are tiny"):
+        check_settings(Settings(indices=[str(index_path)], aliases={"live": "none"}))
     with pytest.raises(SettingsError, match="indices is empty"):
         check_settings(Settings())

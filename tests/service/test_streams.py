@@ -126,7 +126,7 @@ async def test_the_asyncio_stream_reads_no_further_than_its_window_either(served
 
 def test_the_server_reads_no_more_batches_than_it_has_under_way(serve: Callable[..., Served]) -> None:
     served = serve(stream_batches=2)
-    served.task.gate.clear()
+    served.gate.hold()
     sent: list[int] = []
     padding = "x" * (1 << 20)  # larger than what a connection holds
 
@@ -138,7 +138,7 @@ def test_the_server_reads_no_more_batches_than_it_has_under_way(serve: Callable[
 
     call = served.stub.StreamInfluences(batches(), timeout=60)
     try:
-        assert served.task.entered.wait(30)
+        served.gate.wait_until_entered()
         deadline, before = time.monotonic() + 30, -1
         while len(sent) != before:  # until it stands still
             assert time.monotonic() < deadline
@@ -146,17 +146,17 @@ def test_the_server_reads_no_more_batches_than_it_has_under_way(serve: Callable[
             time.sleep(0.5)
         assert len(sent) < 40, "nothing holds the sender back"
     finally:
-        served.task.gate.set()
+        served.gate.open()
         call.cancel()
 
 
 def test_a_stream_waits_where_a_call_is_told_to_come_back(serve: Callable[..., Served]) -> None:
     served = serve(max_waiting=0, retry_after_s=0.05)
-    served.task.gate.clear()
+    served.gate.hold()
     held = served.stub.FindInfluences.future(
         pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))])
     )
-    assert served.task.entered.wait(30)
+    served.gate.wait_until_entered()
     answers: list[object] = []
     with Client(served.target, timeout_s=60) as client:
         thread = threading.Thread(target=lambda: answers.extend(client.stream_influences(queries_of(6), batch=2)))
@@ -165,7 +165,7 @@ def test_a_stream_waits_where_a_call_is_told_to_come_back(serve: Callable[..., S
             client.find_influences([IdQuery("tiny-0")])
         time.sleep(0.3)
         assert not answers
-        served.task.gate.set()
+        served.gate.open()
         thread.join(60)
     assert held.result(60).results
     assert len(answers) == 6
@@ -184,24 +184,24 @@ def test_a_batch_that_takes_too_long_is_a_deadline_error_and_a_slow_source_is_no
 
     with Client(served.target) as client:
         assert len(list(client.stream_influences(slow(), batch=1, timeout_s=0.8))) == 2
-        served.task.gate.clear()
+        served.gate.hold()
         try:
             with pytest.raises(DeadlineError, match=r"longer than 0.3 s over a batch"):
                 list(client.stream_influences(queries_of(2), batch=1, timeout_s=0.3))
         finally:
-            served.task.gate.set()
+            served.gate.open()
 
 
 async def test_the_asyncio_stream_has_a_deadline_for_each_batch_too(serve: Callable[..., Served]) -> None:
     served = serve()
-    served.task.gate.clear()
+    served.gate.hold()
     try:
         async with AsyncClient(served.target) as client:
             with pytest.raises(DeadlineError, match=r"longer than 0.3 s over a batch"):
                 async for _ in client.stream_influences(queries_of(2), batch=1, timeout_s=0.3):
                     pass
     finally:
-        served.task.gate.set()
+        served.gate.open()
 
 
 async def test_what_the_callers_own_queries_raise_is_raised_to_the_caller(served: Served) -> None:

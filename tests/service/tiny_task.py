@@ -1,12 +1,14 @@
 """A task small enough to index in a second: three passes of one block over five tokens.
 
-Its model can be held at a gate, so that tests decide when a call ends.
+Its model can be held at a gate, a folder of files as it runs in another process, so that tests decide when a call ends
+and see how many there were.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,18 +40,18 @@ class TinyTask(Task):
 
     Args:
         learning_rate: of the first checkpoint; another one makes other sketches.
+        gate: a folder. Each call of the model adds a byte to its file `calls`, makes `entered`, and ends when there is
+            no `held`; the file `largest` has the largest batch that memory suffices for. Each time a checkpoint is
+            loaded adds a byte to `loads`.
     """
 
     loop = Loop(body=["block"])
 
-    def __init__(self, learning_rate: float = 0.1) -> None:
+    def __init__(self, learning_rate: float = 0.1, gate: str | None = None) -> None:
         self._learning_rate = learning_rate
         draw = torch.Generator().manual_seed(0)
         self._tokens = torch.randint(VOCABULARY, (NUM_EXAMPLES, LENGTH + 1), generator=draw).tolist()
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-        self.model_calls = 0
+        self._gate = None if gate is None else Path(gate)
 
     def checkpoints(self) -> Sequence[Checkpoint]:
         return [
@@ -58,6 +60,8 @@ class TinyTask(Task):
         ]
 
     def model(self, checkpoint: Checkpoint) -> nn.Module:
+        if self._gate is not None:
+            _count(self._gate / "loads")
         torch.manual_seed(len(checkpoint.name))
         return Looped().eval()
 
@@ -71,12 +75,20 @@ class TinyTask(Task):
         return {"tokens": torch.tensor([example["tokens"] for example in examples]), "num_steps": steps.pop()}
 
     def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        self.model_calls += 1
-        self.entered.set()
-        assert self.gate.wait(60)
         tokens = batch["tokens"]
+        if self._gate is not None:
+            self._pass(self._gate, len(tokens))
         logits = model(tokens[:, :-1], batch["num_steps"])
         return nn.functional.cross_entropy(logits, tokens[:, -1], reduction="none")
+
+    def _pass(self, gate: Path, batch: int) -> None:
+        _count(gate / "calls")
+        (gate / "entered").touch()
+        while (gate / "held").exists():
+            time.sleep(0.002)
+        largest = gate / "largest"
+        if largest.exists() and batch > int(largest.read_text()):
+            raise torch.OutOfMemoryError(f"no memory for {batch} examples")
 
     def example_from_json(self, obj: Any) -> Any:
         tokens = obj["tokens"]  # a TypeError or KeyError when the caller sends something else, as in many a task
@@ -95,3 +107,8 @@ class TinyTask(Task):
 
     def describe(self, row: int) -> str:
         return " ".join(map(str, self._tokens[row]))
+
+
+def _count(file: Path) -> None:
+    with file.open("ab") as counted:
+        counted.write(b".")

@@ -71,6 +71,7 @@ class Answer:
             "fingerprint": result.fingerprint,
             "resolve": self.resolve,
             "recall": result.recall,
+            "coverage": result.coverage,
             "query": asdict(result.query),
             "total": asdict(result.total),
             "steps": [asdict(ranking) for ranking in result.steps],

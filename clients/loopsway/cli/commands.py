@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import click
 
+from .bench import bench
 from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
 from .energy import energy
+from .evaluate import evaluate
 from .explore import explore
 from .export import export
 from .inspection import inspect
 from .neighbors import neighbors
 from .query import query
+from .reproduce import reproduce
 from .score import score
 from .serve import serve
+from .token import token
 from .train import train
 from .verify import verify
 
@@ -31,6 +35,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, query, explore, demo),
+    *(serve, token, query, bench, explore, demo, reproduce, evaluate),
 ):
     loopsway.add_command(command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from .connection import Connection, connection_options
 from .failure import needs
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
 
 
 @click.command(short_help="Ask a server which training examples shaped an answer.")
-@click.option("--server", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server to ask.")
+@connection_options
 @click.option("--index", default="", metavar="NAME", help="Which of its indices, when it serves several.")
 @click.option("--example", metavar="JSON", help="Ask about an example, in the JSON that the index's task reads.")
 @click.option("--id", "example_id", metavar="ID", help="Ask about a training example, by its id.")
@@ -58,7 +59,7 @@ DRAWN = 3  # proponents, and as many opponents, in the chart and the figure
     help="Save the trajectories as a figure: .png, .svg or .pdf.",
 )
 def query(
-    server: str,
+    connection: Connection,
     index: str,
     example: str | None,
     example_id: str | None,
@@ -79,7 +80,7 @@ def query(
 
     Ask about one of --example, --id or --sketch. Proponents lowered the query's loss, opponents raised it.
     """
-    from loopsway.client import Client, LoopswayError
+    from loopsway.client import LoopswayError
 
     from .answers import ask
 
@@ -87,7 +88,7 @@ def query(
     if plot is not None:
         check_format(plot)
     try:
-        with Client(server, timeout_s=timeout_s) as client:
+        with connection.client(timeout_s) as client:
             answer = ask(
                 client,
                 asked,
@@ -154,25 +155,27 @@ def _asked(
     if (sketch is None) != (fingerprint is None):
         raise click.UsageError("--sketch and --fingerprint go together: only sketches of one construction compare")
     if example is not None:
-        return ExampleQuery(_json(example)), example
+        return ExampleQuery(json_value(example, "--example")), example
     if example_id is not None:
         return IdQuery(example_id), f"training example {example_id}"
     assert sketch is not None
     assert fingerprint is not None
-    return SketchQuery(_array(sketch), fingerprint), sketch.name
+    return SketchQuery(npy_array(sketch, "--sketch"), fingerprint), sketch.name
 
 
-def _json(text: str) -> Any:
+def json_value(text: str, where: str) -> Any:
+    """What the JSON stands for; a usage error names `where` it is."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise click.UsageError(f"--example {text!r} is not JSON ({error}); quote it for the shell: '...'") from error
+        raise click.UsageError(f"{where} {text!r} is not JSON ({error}); quote it for the shell: '...'") from error
 
 
-def _array(path: Path) -> Any:
+def npy_array(path: Path, where: str) -> Any:
+    """The array in a .npy file; a usage error names `where` it is given."""
     import numpy as np
 
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise click.UsageError(f"--sketch {path} is not a .npy file of numbers: {error}") from error
+        raise click.UsageError(f"{where} {path} is not a .npy file of numbers: {error}") from error

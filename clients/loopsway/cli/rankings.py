@@ -50,6 +50,8 @@ def _heading(answer: Answer, console: Console) -> None:
     facts = f"index {answer.result.index}, generation {answer.result.generation}; {query.num_steps} steps"
     if answer.result.recall < 1:
         facts += f"; approximate, recall {answer.result.recall:.3f} when built"
+    if answer.result.coverage < 1:
+        facts += f"; only {answer.result.coverage:.0%} of the index's shards answered"
     if query.losses:
         facts += f"; loss at each checkpoint: {', '.join(f'{loss:.3g}' for loss in query.losses)}"
     console.print(Text(facts, style="dim"))

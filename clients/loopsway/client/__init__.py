@@ -9,13 +9,16 @@ from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, QueryG
 
 from .async_client import AsyncClient
 from .client import Client
+from .credentials import Tls
 from .errors import (
+    AuthenticationError,
     DeadlineError,
     FailedPreconditionError,
     InvalidQueryError,
     LoopswayError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     ServerError,
     UnavailableError,
 )
@@ -35,6 +38,7 @@ from .results import (
 
 __all__ = [
     "AsyncClient",
+    "AuthenticationError",
     "CheckpointInfo",
     "Client",
     "DeadlineError",
@@ -53,6 +57,7 @@ __all__ = [
     "Neighbor",
     "NotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "Query",
     "QueryGradients",
     "QuerySummary",
@@ -61,6 +66,7 @@ __all__ = [
     "ScoreChunk",
     "ServerError",
     "SketchQuery",
+    "Tls",
     "Trajectories",
     "UnavailableError",
 ]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
 from . import messages
-from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
+from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Patience, channel_options
+from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
 from .messages import By, Resolve, TrajectoryResolve
@@ -35,13 +38,21 @@ class AsyncClient:
         self,
         target: str = DEFAULT_TARGET,
         *,
+        token: str | None = None,
+        tls: Tls | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        overload_retries: int = 2,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         """Makes the client; arguments as for `Client`."""
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=channel_options(target, max_message_bytes))
+        self._overload_retries = overload_retries
+        options, credentials = channel_options(target, max_message_bytes), channel_credentials(target, token, tls)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=options)
         self._stub = AttributionStub(self._channel)
 
     async def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
@@ -61,6 +72,7 @@ class AsyncClient:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
@@ -75,6 +87,7 @@ class AsyncClient:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
@@ -92,6 +105,7 @@ class AsyncClient:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
@@ -107,6 +121,7 @@ class AsyncClient:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return streamed_async(
@@ -146,11 +161,14 @@ class AsyncClient:
         top_share: float | None = None,
         bottom_share: float | None = None,
         least_magnitude: float = 0.0,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> AsyncIterator[ScoreChunk]:
         """As `Client.score_examples`."""
-        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        request = messages.scores_request(
+            queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
+        )
         stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         try:
             async for response in stream:
@@ -209,7 +227,14 @@ class AsyncClient:
     async def _call(
         self, method: Callable[..., Awaitable[_Response]], request: Any, timeout_s: float | None
     ) -> _Response:
-        try:
-            return await method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
-        except grpc.RpcError as failure:
-            raise error_from_rpc(failure, self._target) from failure
+        patience = self._patience(request, timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=patience.left_s())
+            except grpc.RpcError as failure:
+                wait_s = patience.wait_s(error_from_rpc(failure, self._target))
+            await asyncio.sleep(wait_s)
+
+    def _patience(self, request: Any, timeout_s: float | None) -> Patience:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Patience(self._overload_retries, timeout_s, repeatable=isinstance(request, Message))

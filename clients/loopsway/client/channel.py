@@ -1,16 +1,22 @@
-"""How the clients connect: retries, message sizes and proxies, as gRPC channel options."""
+"""How the clients connect: retries, message sizes and proxies, as gRPC channel options; and when they ask again."""
 
 from __future__ import annotations
 
 import json
+import random
+import time
+
+from .credentials import is_loopback
+from .errors import LoopswayError, OverloadedError
 
 SERVICE = "loopsway.v1.Attribution"
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 
-# Every method only reads, so a call that reached no server, or a draining one, may be sent again. A full queue
-# (RESOURCE_EXHAUSTED) is the caller's to wait for: retrying here would add to the load.
+# Every method only reads, so a call that reached no server, or a draining one, may be sent again; gRPC itself gives
+# CANCELLED to one that comes by a connection which the server took in the moment that it stopped. A full queue
+# (RESOURCE_EXHAUSTED) is waited for as long as the server says, and not by gRPC, which would come back too soon.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -20,25 +26,51 @@ _SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ]
 }
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:", "ipv4:127.", "ipv6:[::1]")
 
 
-def channel_options(target: str, max_message_bytes: int) -> list[tuple[str, str | int]]:
+def channel_options(target: str, max_message_bytes: int, *, retries: bool = True) -> list[tuple[str, str | int]]:
     """The options of a channel to `target` that accepts responses of up to `max_message_bytes`."""
     options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", 1),
+        *([("grpc.service_config", json.dumps(_SERVICE_CONFIG))] if retries else []),
+        ("grpc.enable_retries", int(retries)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         # A request larger than this buffer would not be retried; 256 KiB, gRPC's default, is a few sketches.
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
     ]
-    if target.startswith(_LOOPBACK):
+    if is_loopback(target):
         # gRPC sends even loopback through $http_proxy unless $no_proxy names it.
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+class Patience:
+    """How often, and how long, one call waits for a server that asks to be tried again.
+
+    Args:
+        retries: after the first try.
+        timeout_s: of the call, with all tries and waits.
+        repeatable: whether the request can be sent again. A stream's can't: it was read.
+    """
+
+    def __init__(self, retries: int, timeout_s: float, *, repeatable: bool) -> None:
+        self._retries = retries if repeatable else 0
+        self._deadline = time.monotonic() + timeout_s
+
+    def left_s(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def wait_s(self, error: LoopswayError) -> float:
+        """Seconds to wait before the next try; raises the error when there is none."""
+        if not isinstance(error, OverloadedError) or error.retry_after_s is None or not self._retries:
+            raise error
+        wait = error.retry_after_s * random.uniform(1.0, 1.2)  # not all at the same moment
+        if wait >= self.left_s():
+            raise error
+        self._retries -= 1
+        return wait

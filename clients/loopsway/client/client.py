@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
 from . import messages
-from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
+from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Patience, channel_options
+from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
 from .messages import By, Resolve, TrajectoryResolve
@@ -34,19 +37,35 @@ class Client:
         self,
         target: str = DEFAULT_TARGET,
         *,
+        token: str | None = None,
+        tls: Tls | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        overload_retries: int = 2,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         """Makes the client; it connects with its first call.
 
         Args:
             target: the server, as host:port.
+            token: the caller's, where the server wants one. Goes over TLS, or to this machine.
+            tls: None: plaintext.
             timeout_s: the deadline of each call that names none, retries included.
+            overload_retries: how often a call is sent again, after the time that an overloaded server asks for; never
+                streams, nor beyond the deadline.
             max_message_bytes: the largest request to send and response to accept.
+
+        Raises:
+            ValueError: the token would go over the network unencrypted.
+            OSError: a file of `tls` can't be read.
         """
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=channel_options(target, max_message_bytes))
+        self._overload_retries = overload_retries
+        options, credentials = channel_options(target, max_message_bytes), channel_credentials(target, token, tls)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=options)
         self._stub = AttributionStub(self._channel)
 
     def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
@@ -66,6 +85,7 @@ class Client:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> list[InfluenceResult]:
@@ -82,6 +102,8 @@ class Client:
             exact: whether every stored code is read; or the index's FAISS files are searched, with the result's
                 `recall`.
             trajectories: whether the result has the `trajectories` of all examples in it.
+            require_full_coverage: whether an answer of fewer than all shards of the index, which a result's `coverage`
+                tells, is refused with an UnavailableError instead.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
 
@@ -98,6 +120,7 @@ class Client:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s))
@@ -115,6 +138,7 @@ class Client:
         where: str = "",
         exact: bool = True,
         trajectories: bool = False,
+        require_full_coverage: bool = False,
         index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
@@ -136,6 +160,7 @@ class Client:
             where: as in `find_influences`.
             exact: as in `find_influences`.
             trajectories: as in `find_influences`.
+            require_full_coverage: as in `find_influences`.
             index: as in `find_influences`.
             on_progress: called with the number of queries answered so far.
             timeout_s: how long the server may take over one batch; the stream itself has no deadline. None: the
@@ -154,6 +179,7 @@ class Client:
             where=where,
             exact=exact,
             trajectories=trajectories,
+            require_full_coverage=require_full_coverage,
             index=index,
         )
         return streamed(
@@ -195,6 +221,7 @@ class Client:
         top_share: float | None = None,
         bottom_share: float | None = None,
         least_magnitude: float = 0.0,
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
     ) -> Iterator[ScoreChunk]:
@@ -210,13 +237,16 @@ class Client:
                 `bottom_share`, both. None for both: all.
             bottom_share: return this share, those of smallest influence.
             least_magnitude: of the influences that are returned.
+            require_full_coverage: as in `find_influences`.
             index: may be left out when the server serves exactly one.
             timeout_s: of the whole stream. None: the client's own.
 
         Yields:
             Each ranking in order, the one over the whole loop first.
         """
-        request = messages.scores_request(queries, resolve, where, top_share, bottom_share, least_magnitude, index)
+        request = messages.scores_request(
+            queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
+        )
         stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         try:
             for response in stream:
@@ -239,6 +269,8 @@ class Client:
         timeout_s: float | None = None,
     ) -> list[tuple[Neighbor, ...]]:
         """The training examples whose gradients are most like those of some, the most alike first; no model runs.
+
+        All shards must answer.
 
         Args:
             example_ids: of indexed examples.
@@ -296,7 +328,14 @@ class Client:
         self.close()
 
     def _call(self, method: Callable[..., _Response], request: Any, timeout_s: float | None) -> _Response:
-        try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
-        except grpc.RpcError as failure:
-            raise error_from_rpc(failure, self._target) from failure
+        patience = self._patience(request, timeout_s)
+        while True:
+            try:
+                return method(request, timeout=patience.left_s())
+            except grpc.RpcError as failure:
+                wait_s = patience.wait_s(error_from_rpc(failure, self._target))
+            time.sleep(wait_s)
+
+    def _patience(self, request: Any, timeout_s: float | None) -> Patience:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Patience(self._overload_retries, timeout_s, repeatable=isinstance(request, Message))

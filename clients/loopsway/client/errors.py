@@ -3,9 +3,11 @@
 LoopswayError
 ├── InvalidQueryError (ValueError)       the request is wrong; `.field` names the part
 ├── NotFoundError (LookupError)          no such index or example
+├── AuthenticationError                  the server knows no such token, or wants one
+├── PermissionDeniedError (PermissionError)  the token does not allow this
 ├── FailedPreconditionError              right in form, but not for this index (fingerprint, no model)
 ├── UnavailableError (ConnectionError)   no server answers, after retries
-├── OverloadedError                      the server's queue is full; ask again after `.retry_after_s`
+├── OverloadedError                      too many requests, in all or with the token; ask again after `.retry_after_s`
 ├── DeadlineError (TimeoutError)         no answer within `timeout_s`
 └── ServerError                          the server failed; its log says why
 """
@@ -50,12 +52,20 @@ class FailedPreconditionError(LoopswayError):
     """The request can't be answered by this index as it is served now."""
 
 
+class AuthenticationError(LoopswayError):
+    """The server wants a token, or does not know the one that came."""
+
+
+class PermissionDeniedError(LoopswayError, PermissionError):
+    """The token does not allow this, or not for this index."""
+
+
 class UnavailableError(LoopswayError, ConnectionError):
-    """No server answers at the target."""
+    """No server answers at the target, or it lacks for now what it needs to answer."""
 
 
 class OverloadedError(LoopswayError):
-    """The server has more requests waiting than it admits.
+    """The server has more requests waiting than it admits, or got more than the token allows.
 
     Attributes:
         retry_after_s: seconds after which the server asks to be tried again. None: it didn't say.
@@ -78,6 +88,8 @@ _PLAIN: dict[grpc.StatusCode, type[LoopswayError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidQueryError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
 }
 
 
@@ -90,6 +102,8 @@ def error_from_rpc(failure: grpc.RpcError, target: str) -> LoopswayError:
         return _PLAIN[code](text if field is None else f"{field}: {text}", field=field)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return _exhausted(text, retry_delay_s(status))
+    if code is grpc.StatusCode.UNAVAILABLE and (delay := retry_delay_s(status)) is not None:
+        return UnavailableError(f"{text}; ask again in {delay:g} s")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return UnavailableError(
             f"no Loopsway server answers at {target}: start one (`loopsway serve --index PATH`) or check the target. "

@@ -61,6 +61,7 @@ def influences_request(
     where: str,
     exact: bool,
     trajectories: bool,
+    require_full_coverage: bool,
     index: str,
 ) -> pb.FindInfluencesRequest:
     if steps is not None and not len(steps):
@@ -76,6 +77,7 @@ def influences_request(
         steps=[_int32(step, f"steps[{i}]") for i, step in enumerate(() if steps is None else steps)],
         where=where,
         approximate=not exact,
+        require_full_coverage=require_full_coverage,
     )
 
 
@@ -97,6 +99,7 @@ def scores_request(
     top_share: float | None,
     bottom_share: float | None,
     least_magnitude: float,
+    require_full_coverage: bool,
     index: str,
 ) -> pb.ScoreExamplesRequest:
     return pb.ScoreExamplesRequest(
@@ -107,6 +110,7 @@ def scores_request(
         top_share=top_share,
         bottom_share=bottom_share,
         least_magnitude=least_magnitude,
+        require_full_coverage=require_full_coverage,
     )
 
 
@@ -129,6 +133,7 @@ def neighbors_request(
         step=None if step is None else _int32(step, "step"),
         threshold=threshold,
         where=where,
+        require_full_coverage=True,
     )
 
 
@@ -168,6 +173,7 @@ def influence_results(response: pb.FindInfluencesResponse) -> list[InfluenceResu
             total=_ranking(result.total),
             steps=tuple(_ranking(ranking) for ranking in result.steps),
             recall=result.recall,
+            coverage=response.coverage,
             trajectories=_influencer_curves(result.trajectories) if result.HasField("trajectories") else None,
             index=response.index,
             generation=response.generation,
@@ -206,6 +212,7 @@ def score_chunk(response: pb.ScoreExamplesResponse) -> ScoreChunk:
         example_ids=tuple(response.example_ids),
         influences=from_tensor(response.influences, dtype="float32", shape=[count]),
         standard_errors=from_tensor(response.standard_errors, dtype="float32", shape=[count]),
+        coverage=response.coverage,
     )
 
 

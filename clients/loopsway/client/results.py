@@ -140,6 +140,8 @@ class InfluenceResult:
         index: the name of the index that answered.
         generation: the generation of it that answered.
         recall: 1 where every stored code was read, else the recall that the build measured of an approximate search.
+        coverage: shards of the index that answered, of those that were asked; below 1, this is the answer without the
+            examples of those that did not.
         trajectories: of the examples in the rankings, if they were asked for. Not compared.
     """
 
@@ -147,6 +149,7 @@ class InfluenceResult:
     total: Ranking
     steps: tuple[Ranking, ...]
     recall: float
+    coverage: float
     index: str
     generation: int
     fingerprint: str
@@ -171,6 +174,7 @@ class ScoreChunk:
         example_ids: n of them; none only where a whole ranking is empty.
         influences: float32 [n], signed, the largest first. Read-only.
         standard_errors: float32 [n]. Read-only.
+        coverage: as in `InfluenceResult`.
     """
 
     step: int | None
@@ -178,6 +182,7 @@ class ScoreChunk:
     example_ids: tuple[str, ...]
     influences: NDArray[np.float32]
     standard_errors: NDArray[np.float32]
+    coverage: float
 
     @property
     def significant(self) -> NDArray[np.bool_]:

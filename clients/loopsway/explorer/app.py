@@ -78,7 +78,7 @@ async def _examples(asker: Asker, body: bytes) -> Any:
 
 
 async def _influences(asker: Asker, body: bytes) -> Any:
-    return documents.influences(*await asker.influences(InfluenceQuestion.read(body)))
+    return documents.influences(await asker.influences(InfluenceQuestion.read(body)))
 
 
 async def _example(asker: Asker, body: bytes) -> Any:

@@ -24,7 +24,7 @@ from .questions import DrawQuestion, ExampleQuestion, InfluenceQuestion
 
 DRAWN = 6
 NEIGHBORS = 5
-KEPT_SKETCHES = 16
+KEPT_SKETCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +63,21 @@ class Asker:
         )
         return result.total.proponents
 
-    async def influences(self, question: InfluenceQuestion) -> tuple[InfluenceResult, Trajectories | None]:
-        """The rankings, and the trajectories of the examples that are ranked over the whole loop."""
+    async def influences(self, question: InfluenceQuestion) -> InfluenceResult:
+        """The rankings, and the trajectories of every example in them."""
         # Sketched anew: the index may have been replaced since. The service puts the two calls' queries in one batch.
-        sketch, (result,) = await asyncio.gather(
+        _, (result,) = await asyncio.gather(
             self._new_sketch(question.index, question.query),
             self._client.find_influences(
-                [question.query], k=question.k, resolve=question.resolve, where=question.where, index=question.index
+                [question.query],
+                k=question.k,
+                resolve=question.resolve,
+                where=question.where,
+                trajectories=True,
+                index=question.index,
             ),
         )
-        ids = [each.example_id for each in (*result.total.proponents, *result.total.opponents)]
-        if not ids:
-            return result, None
-        return result, await self._client.get_trajectories(
-            [sketch], ids, resolve=question.resolve, index=question.index
-        )
+        return result
 
     async def example(self, question: ExampleQuestion) -> OneExample:
         """All about one training example."""

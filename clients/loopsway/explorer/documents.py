@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from loopsway.client import IndexInfo, Influencer, InfluenceResult, Neighbor, Ranking, Trajectories
 
 from .asking import OneExample
@@ -28,15 +31,19 @@ def example(each: Influencer) -> dict[str, Any]:
     return {"example_id": each.example_id, "description": each.description, "metadata": dict(each.metadata)}
 
 
-def influences(result: InfluenceResult, trajectories: Trajectories | None) -> dict[str, Any]:
-    """Rankings, the whole loop's first, and the trajectories of its proponents and then its opponents."""
+def influences(result: InfluenceResult) -> dict[str, Any]:
+    """Rankings, the whole loop's first; and the trajectory of each example in them, by its id."""
+    curves: dict[str, Any] = {}
+    if result.trajectories is not None:
+        each = result.trajectories
+        curves = dict(zip(each.example_ids, _curves(each.influences, each.standard_errors), strict=True))
     return {
         "index": result.index,
         "generation": result.generation,
         "recall": result.recall,
         "query": asdict(result.query),
         "rankings": [_ranking(each) for each in (result.total, *result.steps)],
-        "trajectories": [] if trajectories is None else _curves(trajectories),
+        "trajectories": curves,
     }
 
 
@@ -44,8 +51,8 @@ def one_example(example_id: str, about: OneExample) -> dict[str, Any]:
     return {
         "example_id": example_id,
         "shown": None if about.shown is None else _influencer(about.shown),
-        "trajectory": _curves(about.trajectory)[0],
-        "matrix": _curves(about.matrix)[0],
+        "trajectory": _only_curve(about.trajectory),
+        "matrix": _only_curve(about.matrix),
         "neighbors": [_neighbor(each) for each in about.neighbors],
     }
 
@@ -72,9 +79,13 @@ def _neighbor(each: Neighbor) -> dict[str, Any]:
     }
 
 
-def _curves(trajectories: Trajectories) -> list[dict[str, Any]]:
+def _only_curve(trajectories: Trajectories) -> dict[str, Any]:
+    (curve,) = _curves(trajectories.influences[0], trajectories.standard_errors[0])
+    return curve
+
+
+def _curves(influences: NDArray[np.float32], errors: NDArray[np.float32]) -> list[dict[str, Any]]:
     """One for each example: [steps] numbers, or [example's steps, query's steps] for a matrix."""
-    influences, errors = trajectories.influences[0], trajectories.standard_errors[0]
     return [
         {"influences": own.tolist(), "standard_errors": error.tolist()}
         for own, error in zip(influences, errors, strict=True)

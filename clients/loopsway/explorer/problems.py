@@ -12,18 +12,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loopsway.client import (
+    AuthenticationError,
     DeadlineError,
     FailedPreconditionError,
     InvalidQueryError,
     LoopswayError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     UnavailableError,
 )
 
 _STATUS: dict[type[LoopswayError], HTTPStatus] = {
     InvalidQueryError: HTTPStatus.BAD_REQUEST,
     NotFoundError: HTTPStatus.NOT_FOUND,
+    AuthenticationError: HTTPStatus.FORBIDDEN,  # the explorer's own token, not the browser's
+    PermissionDeniedError: HTTPStatus.FORBIDDEN,
     FailedPreconditionError: HTTPStatus.CONFLICT,
     OverloadedError: HTTPStatus.TOO_MANY_REQUESTS,
     UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,

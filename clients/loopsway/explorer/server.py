@@ -54,7 +54,9 @@ class Explorer:
         taken = listener.getsockname()[1]
         app = create_app(connect, hosts=frozenset({host.lower()}))
         # The answers to a browser that stays connected must not hold up the end.
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S)
+        config = uvicorn.Config(
+            app, log_level="warning", ws="none", server_header=False, timeout_graceful_shutdown=GRACE_S
+        )
         return Explorer(url=_url(host, taken), listener=listener, server=uvicorn.Server(config))
 
 

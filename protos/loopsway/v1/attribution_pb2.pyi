@@ -669,6 +669,7 @@ class FindInfluencesRequest(_message.Message):
     PROPONENT_COUNT_FIELD_NUMBER: _builtins.int
     OPPONENT_COUNT_FIELD_NUMBER: _builtins.int
     INCLUDE_TRAJECTORIES_FIELD_NUMBER: _builtins.int
+    REQUIRE_FULL_COVERAGE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     k: _builtins.int
@@ -693,6 +694,8 @@ class FindInfluencesRequest(_message.Message):
     """How many opponents to return in each ranking, from 0 to the server's limit for k. Unset means k."""
     include_trajectories: _builtins.bool
     """Whether the influence of every example in the answer is wanted at every step too, as QueryInfluences.trajectories."""
+    require_full_coverage: _builtins.bool
+    """Whether an answer from fewer than all shards is refused, with UNAVAILABLE."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
         """The queries, at least 1 and at most as many as the server allows (64 by default). They are sketched together,
@@ -718,10 +721,11 @@ class FindInfluencesRequest(_message.Message):
         proponent_count: _builtins.int | None = ...,
         opponent_count: _builtins.int | None = ...,
         include_trajectories: _builtins.bool = ...,
+        require_full_coverage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_opponent_count", b"_opponent_count", "_proponent_count", b"_proponent_count", "k", b"k", "opponent_count", b"opponent_count", "proponent_count", b"proponent_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_opponent_count", b"_opponent_count", "_proponent_count", b"_proponent_count", "approximate", b"approximate", "include_trajectories", b"include_trajectories", "index", b"index", "k", b"k", "opponent_count", b"opponent_count", "proponent_count", b"proponent_count", "queries", b"queries", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_opponent_count", b"_opponent_count", "_proponent_count", b"_proponent_count", "approximate", b"approximate", "include_trajectories", b"include_trajectories", "index", b"index", "k", b"k", "opponent_count", b"opponent_count", "proponent_count", b"proponent_count", "queries", b"queries", "require_full_coverage", b"require_full_coverage", "resolve", b"resolve", "steps", b"steps", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
@@ -748,12 +752,17 @@ class FindInfluencesResponse(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The name of the index that answered."""
     generation: _builtins.int
     """The generation that answered."""
     fingerprint: _builtins.str
     """The index's fingerprint."""
+    coverage: _builtins.float
+    """Shards of the index that answered, of those that were asked, above 0 and at most 1. Below 1, a shard is busy or being
+    started again, and this is the answer without its examples. Always 1 where one process reads the index.
+    """
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueryInfluences]:
         """One result for each query, in the queries' order."""
@@ -765,10 +774,11 @@ class FindInfluencesResponse(_message.Message):
         index: _builtins.str = ...,
         generation: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1010,6 +1020,7 @@ class ScoreExamplesRequest(_message.Message):
     TOP_SHARE_FIELD_NUMBER: _builtins.int
     BOTTOM_SHARE_FIELD_NUMBER: _builtins.int
     LEAST_MAGNITUDE_FIELD_NUMBER: _builtins.int
+    REQUIRE_FULL_COVERAGE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     resolve: Global___ResolveMode.ValueType
@@ -1024,6 +1035,8 @@ class ScoreExamplesRequest(_message.Message):
     """Which share of the examples to return of each ranking, those of smallest influence; as top_share."""
     least_magnitude: _builtins.float
     """The least |influence| to return, >= 0. Unset means 0."""
+    require_full_coverage: _builtins.bool
+    """Whether an answer from fewer than all shards is refused, with UNAVAILABLE."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
         """The queries, at least 1 and at most as many as the server allows (64 by default); of several, all with the same
@@ -1040,10 +1053,11 @@ class ScoreExamplesRequest(_message.Message):
         top_share: _builtins.float | None = ...,
         bottom_share: _builtins.float | None = ...,
         least_magnitude: _builtins.float | None = ...,
+        require_full_coverage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "least_magnitude", b"least_magnitude", "top_share", b"top_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "index", b"index", "least_magnitude", b"least_magnitude", "queries", b"queries", "resolve", b"resolve", "top_share", b"top_share", "where", b"where"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "index", b"index", "least_magnitude", b"least_magnitude", "queries", b"queries", "require_full_coverage", b"require_full_coverage", "resolve", b"resolve", "top_share", b"top_share", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_share: _TypeAlias = _typing.Literal["bottom_share"]  # noqa: Y015
     _WhichOneofArgType__bottom_share: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share"]  # noqa: Y015
@@ -1075,6 +1089,7 @@ class ScoreExamplesResponse(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step, from 0. Unset in the ranking over the whole loop."""
     first_rank: _builtins.int
@@ -1087,6 +1102,10 @@ class ScoreExamplesResponse(_message.Message):
     """The generation that answers."""
     fingerprint: _builtins.str
     """The index's fingerprint."""
+    coverage: _builtins.float
+    """Shards of the index that answered, of those that were asked, above 0 and at most 1. Below 1, a shard is busy or being
+    started again, and this is the answer without its examples. Always 1 where one process reads the index.
+    """
     @_builtins.property
     def example_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The ids of the examples, at most 10,000. Empty only where a whole ranking is."""
@@ -1115,10 +1134,11 @@ class ScoreExamplesResponse(_message.Message):
         index: _builtins.str = ...,
         generation: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "influences", b"influences", "standard_errors", b"standard_errors", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "example_ids", b"example_ids", "fingerprint", b"fingerprint", "first_rank", b"first_rank", "generation", b"generation", "index", b"index", "influences", b"influences", "queries", b"queries", "standard_errors", b"standard_errors", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "coverage", b"coverage", "example_ids", b"example_ids", "fingerprint", b"fingerprint", "first_rank", b"first_rank", "generation", b"generation", "index", b"index", "influences", b"influences", "queries", b"queries", "standard_errors", b"standard_errors", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
     _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
@@ -1139,6 +1159,7 @@ class FindNeighborsRequest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     WHERE_FIELD_NUMBER: _builtins.int
+    REQUIRE_FULL_COVERAGE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     k: _builtins.int
@@ -1151,6 +1172,8 @@ class FindNeighborsRequest(_message.Message):
     """The least similarity to return, finite. Unset: any."""
     where: _builtins.str
     """A filter over the training examples, as in FindInfluencesRequest.where. Empty means all."""
+    require_full_coverage: _builtins.bool
+    """Whether an answer from fewer than all shards is refused, with UNAVAILABLE."""
     @_builtins.property
     def example_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The ids of the training examples to compare with, at least 1 and at most as many as the server allows queries in one
@@ -1167,10 +1190,11 @@ class FindNeighborsRequest(_message.Message):
         step: _builtins.int | None = ...,
         threshold: _builtins.float | None = ...,
         where: _builtins.str = ...,
+        require_full_coverage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_step", b"_step", "_threshold", b"_threshold", "k", b"k", "step", b"step", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_step", b"_step", "_threshold", b"_threshold", "example_ids", b"example_ids", "index", b"index", "k", b"k", "similarity", b"similarity", "step", b"step", "threshold", b"threshold", "where", b"where"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_step", b"_step", "_threshold", b"_threshold", "example_ids", b"example_ids", "index", b"index", "k", b"k", "require_full_coverage", b"require_full_coverage", "similarity", b"similarity", "step", b"step", "threshold", b"threshold", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
@@ -1263,12 +1287,17 @@ class FindNeighborsResponse(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The name of the index that answered."""
     generation: _builtins.int
     """The generation that answered."""
     fingerprint: _builtins.str
     """The index's fingerprint."""
+    coverage: _builtins.float
+    """Shards of the index that answered, of those that were asked, above 0 and at most 1. Below 1, a shard is busy or being
+    started again, and this is the answer without its examples. Always 1 where one process reads the index.
+    """
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExampleNeighbors]:
         """One result for each of example_ids, in their order."""
@@ -1280,10 +1309,11 @@ class FindNeighborsResponse(_message.Message):
         index: _builtins.str = ...,
         generation: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,6 @@
 """The gRPC service: indices, each with its task's model, that answer over the network.
 
-`load_engine` opens an index to be served, `serve` serves it until it is told to stop.
+`serve` serves the indices that `Settings` name until it is told to stop.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from loopsway.indexer import LoadError
 from .checks import check_settings
 from .engine import Engine
 from .faults import SettingsError
-from .loading import load_engine
 from .server import Server, create_server, serve
-from .settings import IndexSettings, Settings
+from .settings import IndexSettings, Settings, TlsSettings, TokenSettings
 from .sources import read_settings
 
 __all__ = [
@@ -22,9 +21,10 @@ __all__ = [
     "Server",
     "Settings",
     "SettingsError",
+    "TlsSettings",
+    "TokenSettings",
     "check_settings",
     "create_server",
-    "load_engine",
     "read_settings",
     "serve",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -17,13 +17,20 @@ class Batcher(Generic[_Item, _Result]):
     Args:
         work: does a batch; whatever it raises for several items is found out item by item.
         batch_size: items in a batch, at the most.
+        shared_faults: what is no single item's fault when the work raises it: all items of the batch get it.
         delay_s: how long the first item waits for others while no batch is under way; with 0 a batch holds what came
             while the one before it was done, and a lone item never waits.
     """
 
     def __init__(
-        self, work: Callable[[Sequence[_Item]], Awaitable[Sequence[_Result]]], *, batch_size: int, delay_s: float = 0.0
+        self,
+        work: Callable[[Sequence[_Item]], Coroutine[Any, Any, Sequence[_Result]]],
+        *,
+        batch_size: int,
+        delay_s: float = 0.0,
+        shared_faults: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
+        self._shared_faults = shared_faults
         self._work, self._batch_size, self._delay_s = work, batch_size, delay_s
         self._waiting: deque[tuple[_Item, asyncio.Future[_Result]]] = deque()
         self._worker: asyncio.Task[None] | None = None
@@ -61,18 +68,43 @@ class Batcher(Generic[_Item, _Result]):
         if not batch:
             return
         try:
-            results = await self._work([item for item, _ in batch])
+            results = await self._while_wanted([item for item, _ in batch], [future for _, future in batch])
         except asyncio.CancelledError:
             for _, future in (*batch, *self._waiting):
                 future.cancel()
             raise
         except Exception as error:
-            if len(batch) > 1:  # one item's fault is not the others'
+            if len(batch) > 1 and not isinstance(error, self._shared_faults):  # one item's fault is not the others'
                 for each in batch:
                     await self._do([each])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(error)
+                return
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
             return
-        for (_, future), result in zip(batch, results, strict=True):
+        for (_, future), result in zip(batch, results or [], strict=results is not None):
             if not future.done():
                 future.set_result(result)
+
+    async def _while_wanted(
+        self, items: Sequence[_Item], futures: Sequence[asyncio.Future[_Result]]
+    ) -> Sequence[_Result] | None:
+        """Does the work; None when it was cancelled because nobody waited for any of its results any more."""
+        work = asyncio.ensure_future(self._work(items))
+        is_unwanted = False
+
+        def note(_: asyncio.Future[_Result]) -> None:
+            nonlocal is_unwanted
+            if all(future.done() for future in futures) and not work.done():
+                is_unwanted = True
+                work.cancel()
+
+        for future in futures:
+            future.add_done_callback(note)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if is_unwanted:
+                return None
+            work.cancel()
+            raise

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection, Mapping
 
 from loopsway.indexer import open_index
 
+from .credentials import check_certificate
 from .faults import SettingsError
 from .settings import Settings
 
@@ -25,14 +27,34 @@ def check_settings(settings: Settings) -> list[str]:
         raise SettingsError("indices is empty; name at least one index to serve")
     check_exposure(settings)
     lines: list[str] = []
+    if settings.tls is not None:
+        check_certificate(settings.tls)
+        lines.append(f"certificate {settings.tls.certificate}: it fits its key")
+    lines += [f"token {token.name}" for token in settings.tokens]
     names: dict[str, str] = {}
     for asked in settings.indices:
-        index = open_index(asked.path)
+        index = open_index(asked.path, name=asked.name)
         if index.name in names:
-            raise SettingsError(f"{names[index.name]} and {asked.path} are both named {index.name}; rename one")
+            raise SettingsError(
+                f"{names[index.name]} and {asked.path} are both named {index.name}; give one another name, as NAME=PATH"
+            )
         names[index.name] = asked.path
         lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}")
+    check_aliases(settings.aliases, names)
     return lines
+
+
+def check_aliases(aliases: Mapping[str, str], names: Collection[str]) -> None:
+    """Refuses aliases that do not stand for exactly one of the indices of these names.
+
+    Raises:
+        SettingsError: one is an index's own name, or of an index that is not served.
+    """
+    for alias, name in aliases.items():
+        if alias in names:
+            raise SettingsError(f"alias {alias} is the name of an index itself; take another")
+        if name not in names:
+            raise SettingsError(f"alias {alias} is of index {name}, the indices are {', '.join(names)}")
 
 
 def check_exposure(settings: Settings) -> None:
@@ -41,10 +63,16 @@ def check_exposure(settings: Settings) -> None:
     Raises:
         SettingsError: the host is not loopback, and nothing protects the server.
     """
-    if not settings.insecure_bind and not is_loopback(settings.host):
+    if settings.insecure_bind or is_loopback(settings.host):
+        return
+    missing = [] if settings.tls else ["TLS (a [tls] table with `certificate` and `key`)"]
+    if not settings.tokens and not (settings.tls and settings.tls.client_ca):
+        missing.append("tokens (`loopsway token` makes one) or client certificates (`client_ca`)")
+    if missing:
         raise SettingsError(
-            f"host {settings.host} is not loopback, and without TLS everybody who reaches it could ask: use 127.0.0.1 "
-            "(and a tunnel or proxy in front), or set insecure_bind if the network is trusted"
+            f"host {settings.host} is not loopback, and others would reach a server without "
+            f"{' and without '.join(missing)}: add what is missing to the settings, use 127.0.0.1, or set "
+            "insecure_bind (--insecure-bind) if the network is trusted"
         )
 
 

@@ -6,7 +6,6 @@ What stands behind it trusts the values. Each refusal names the field, in the pr
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -21,10 +20,14 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 
 from .errors import InvalidFieldError, PreconditionError
+from .limits import json_depth
 from .queries import ExampleQuery, IdQuery, Query, SketchQuery
 from .settings import Settings
 
 DEFAULT_K = 10
+# Of one step of a sketch; squares, and products with what an index holds, stay within float32.
+MOST_LENGTH = 1e15
+MOST_THRESHOLD = 1e30  # of a similarity or an influence, which are float32
 _RESOLVE: dict[int, TrajectoryResolve] = {
     pb.RESOLVE_MODE_UNSPECIFIED: "query_step",
     pb.RESOLVE_MODE_QUERY_STEP: "query_step",
@@ -85,9 +88,10 @@ def fractions_from(request: pb.ScoreExamplesRequest) -> Fractions:
 
 
 def least_magnitude_from(request: pb.ScoreExamplesRequest) -> float:
-    if not 0 <= request.least_magnitude < math.inf:
+    if not 0 <= request.least_magnitude <= MOST_THRESHOLD:
         raise InvalidFieldError(
-            f"least_magnitude is {request.least_magnitude}, expected a finite number >= 0", field="least_magnitude"
+            f"least_magnitude is {request.least_magnitude}, expected a finite number >= 0, at most {MOST_THRESHOLD:g}",
+            field="least_magnitude",
         )
     return request.least_magnitude
 
@@ -104,8 +108,11 @@ def similarity_from(similarity: int) -> By:
 def threshold_from(request: pb.FindNeighborsRequest) -> float | None:
     if not request.HasField("threshold"):
         return None
-    if not math.isfinite(request.threshold):
-        raise InvalidFieldError(f"threshold is {request.threshold}, expected a finite number", field="threshold")
+    if not abs(request.threshold) <= MOST_THRESHOLD:
+        raise InvalidFieldError(
+            f"threshold is {request.threshold}, expected a finite number, -{MOST_THRESHOLD:g} to {MOST_THRESHOLD:g}",
+            field="threshold",
+        )
     return request.threshold
 
 
@@ -156,7 +163,9 @@ def example_ids_from(example_ids: Sequence[str], settings: Settings) -> list[str
 def _query(query: pb.Query, field: str, index: Index, settings: Settings) -> Query:
     match query.WhichOneof("source"):
         case "example_json":
-            return ExampleQuery(obj=_json(query.example_json, f"{field}.example_json"), field=f"{field}.example_json")
+            return ExampleQuery(
+                obj=_json(query.example_json, f"{field}.example_json", settings), field=f"{field}.example_json"
+            )
         case "example_id":
             return IdQuery(example_id=query.example_id, field=f"{field}.example_id")
         case "sketch":
@@ -165,7 +174,11 @@ def _query(query: pb.Query, field: str, index: Index, settings: Settings) -> Que
             raise InvalidFieldError("the query is empty, expected example_json, example_id or sketch", field=field)
 
 
-def _json(text: str, field: str) -> Any:
+def _json(text: str, field: str, settings: Settings) -> Any:
+    if (depth := json_depth(text)) > settings.max_json_depth:
+        raise InvalidFieldError(
+            f"the JSON is {depth} arrays and objects deep, expected at most {settings.max_json_depth}", field=field
+        )
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -195,5 +208,13 @@ def _sketch(sketch: pb.Sketch, field: str, index: Index, settings: Settings) -> 
         step, column = np.argwhere(~np.isfinite(values))[0].tolist()
         raise InvalidFieldError(
             f"value [{step}, {column}] is {values[step, column]}, expected finite numbers", field=where
+        )
+    lengths = np.linalg.norm(values.astype(np.float64), axis=1)
+    if lengths.max() > MOST_LENGTH:
+        step = int(lengths.argmax())
+        raise InvalidFieldError(
+            f"step {step} has length {lengths[step]:g}, expected at most {MOST_LENGTH:g}: influences on it would "
+            "overflow; scale the query down",
+            field=where,
         )
     return SketchQuery(values=values)

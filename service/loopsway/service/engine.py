@@ -1,17 +1,18 @@
 """One served index: resolves queries into sketches, then searches.
 
-Q queries, n examples, S steps, W width. Lives in one event loop; searches run in threads beside it, the model in its
-own (model.py). Knows no gRPC and no messages.
+Q queries, n examples, S steps, W width. Lives in one event loop; searches run in threads beside it, the model in
+a process (worker.py). Knows no gRPC and no messages.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,16 @@ from loopsway.indexer import FilterError, Index, IndexDamagedError, Neighbors, R
 from loopsway.indexer.config import Resolve
 from loopsway.indexer.curation.neighbors import By
 from loopsway.indexer.search.index import TrajectoryResolve
+from loopsway.indexer.search.sharded import ShardsUnavailableError
 
-from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnknownNameError
+from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnavailableError, UnknownNameError
 from .model import ModelQuery, QueryModel
 from .queries import Query, ResolvedQuery, SketchQuery
 from .settings import Settings
+from .worker import ModelWorker
 
 _Result = TypeVar("_Result")
+GoOn: TypeAlias = Callable[[], None]
 
 # Memory that one GetTrajectories may take for decoded rows.
 DECODED_BYTES = 256 << 20
@@ -121,15 +125,23 @@ class Engine:
         steps: Sequence[int] | None,
         where: str | None,
         exact: bool = True,
+        deadline: float | None = None,
+        require_full_coverage: bool = False,
     ) -> list[Influences]:
         """Ranks the index's examples for each query; arguments as for `Index.search`.
+
+        With `require_full_coverage`, an answer that misses a shard is refused.
 
         Raises:
             RequestError: the request can't be answered, or not now.
         """
         with self._place():
             resolved = await self._resolve(queries)
-            rankings = await self._in_thread(lambda: self._search(resolved, k, resolve, steps, where, exact))
+            rankings = await self._in_thread(
+                lambda go_on: self._search(resolved, k, resolve, steps, where, exact, go_on, deadline)
+            )
+        if require_full_coverage:
+            self._refuse_partial(ranking.coverage for ranking in rankings)
         return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
 
     async def with_curves(self, answers: Sequence[Influences], resolve: Resolve) -> list[Influences]:
@@ -148,7 +160,7 @@ class Engine:
                 field="include_trajectories",
             )
         curves = await self._in_thread(
-            lambda: [self._curves(*each, resolve) for each in zip(answers, ids, slots, strict=True)]
+            lambda go_on: [self._curves(*each, resolve, go_on) for each in zip(answers, ids, slots, strict=True)]
         )
         return [replace(answer, curves=each) for answer, each in zip(answers, curves, strict=True)]
 
@@ -164,20 +176,31 @@ class Engine:
         with self._place():
             resolved = await self._resolve(queries)
             self._check_size(resolved, len(example_ids), resolve)
-            influences, errors = await self._in_thread(lambda: self._trajectories(resolved, example_ids, resolve))
+            influences, errors = await self._in_thread(
+                lambda go_on: self._trajectories(resolved, example_ids, resolve, go_on)
+            )
         return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
 
     async def scores(
-        self, queries: Sequence[Query], *, resolve: Resolve, where: str | None
+        self,
+        queries: Sequence[Query],
+        *,
+        resolve: Resolve,
+        where: str | None,
+        deadline: float | None = None,
+        require_full_coverage: bool = False,
     ) -> tuple[list[ResolvedQuery], Scores]:
-        """Influences of every example on the mean of the queries; arguments as for `Index.scores`.
+        """Influences of every example on the mean of the queries; arguments as for `Index.scores`, and as above.
 
         Raises:
             RequestError: the request can't be answered, or not now.
         """
         with self._place():
             resolved = await self._resolve(queries)
-            return resolved, await self._in_thread(lambda: self._scores(resolved, resolve, where))
+            scores = await self._in_thread(lambda go_on: self._scores(resolved, resolve, where, go_on, deadline))
+        if require_full_coverage:
+            self._refuse_partial([scores.coverage])
+        return resolved, scores
 
     async def neighbors(
         self,
@@ -188,20 +211,34 @@ class Engine:
         step: int | None,
         threshold: float | None,
         where: str | None,
+        deadline: float | None = None,
+        require_full_coverage: bool = False,
     ) -> list[Neighbors]:
-        """The examples most like each of these; arguments as for `find_neighbors`.
+        """The examples most like each of these; arguments as for `find_neighbors`, and as above.
 
         Raises:
             RequestError: the request can't be answered, or not now.
         """
         self._check_ids(example_ids)
 
-        def find() -> list[Neighbors]:
+        def find(_: GoOn) -> list[Neighbors]:
             with _refusing("step"):
-                return find_neighbors(self.index, example_ids, k, by=by, step=step, threshold=threshold, where=where)
+                return find_neighbors(
+                    self.index,
+                    example_ids,
+                    k,
+                    by=by,
+                    step=step,
+                    threshold=threshold,
+                    where=where,
+                    deadline=deadline,
+                )
 
         with self._place():
-            return await self._in_thread(find)
+            found = await self._in_thread(find)
+        if require_full_coverage:
+            self._refuse_partial(each.coverage for each in found)
+        return found
 
     async def sketches(self, queries: Sequence[Query]) -> list[ResolvedQuery]:
         """What the queries are resolved to.
@@ -212,22 +249,35 @@ class Engine:
         with self._place():
             return await self._resolve(queries)
 
-    async def warm_up(self) -> None:
-        """Searches once and answers one query, so that no request pays for what happens but once."""
-        await self._in_thread(self.index.warm_up)
+    async def warm_up(self, worker: ModelWorker) -> None:
+        """Loads the model, searches once and answers one query, so that no request pays for what happens but once.
+
+        Raises:
+            LoadError: the task can't be loaded, or its model makes other sketches than the index holds.
+        """
+        await self._in_thread(lambda _: self.index.warm_up())
+        rows = self.index.sketched_rows()[:2].tolist()
+        query = None
         if self._model is not None:
-            query = await self._model.warm_up()
-        else:
+            await self._model.load(worker)
+            query = await self._model.warm_up(rows) if rows else None
+        if query is None:
             noise = np.random.default_rng(0).standard_normal((self.index.num_steps, self.index.width))
             query = ResolvedQuery(sketch=noise.astype(np.float32))
-        example_ids = [self.index.example(0).id]
-        await self._in_thread(lambda: self._trajectories([query], example_ids, "query_step"))
+        example_ids = [self.index.example(row).id for row in rows[:1]]
+        if example_ids:
+            await self._in_thread(lambda go_on: self._trajectories([query], example_ids, "query_step", go_on))
 
     def close(self) -> None:
-        """Waits for running work; drops waiting work."""
+        """Frees the model and waits for running searches; drops waiting ones.
+
+        An engine that nobody holds any more closes by itself: one whose generation was replaced lives as long as the
+        last request that found it.
+        """
         if self._model is not None:
             self._model.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self.index.close()
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -243,8 +293,29 @@ class Engine:
         finally:
             self.num_admitted -= 1
 
-    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def _in_thread(self, work: Callable[[GoOn], _Result]) -> _Result:
+        """Runs `work`, which calls what it is given between its costly parts: it ends there once it is cancelled."""
+        is_cancelled = threading.Event()
+
+        def go_on() -> None:
+            if is_cancelled.is_set():
+                raise asyncio.CancelledError("nobody waits for this any more")
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, go_on)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            raise
+        except ShardsUnavailableError as error:
+            raise UnavailableError(str(error), retry_after_s=self._settings.retry_after_s) from error
+
+    def _refuse_partial(self, coverages: Iterable[float]) -> None:
+        if (least := min(coverages)) < 1:
+            raise UnavailableError(
+                f"{least:.0%} of the shards of index {self.name} answered in time, and all are required: ask again "
+                "later, or without require_full_coverage",
+                retry_after_s=self._settings.retry_after_s,
+            )
 
     async def _resolve(self, queries: Sequence[Query]) -> list[ResolvedQuery]:
         resolved: list[ResolvedQuery | None] = [
@@ -274,17 +345,35 @@ class Engine:
         steps: Sequence[int] | None,
         where: str | None,
         exact: bool,
+        go_on: GoOn,
+        deadline: float | None,
     ) -> list[Ranking]:
         rankings: dict[int, Ranking] = {}
         for rows in _by_steps(queries):
             sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
             # Each field was checked before it came here: what is left is steps that the query doesn't have.
             with _refusing("steps" if steps else "resolve"):
-                found = self.index.search(sketches, k=k, resolve=resolve, steps=steps, where=where, exact=exact)
+                found = self.index.search(
+                    sketches,
+                    k=k,
+                    resolve=resolve,
+                    steps=steps,
+                    where=where,
+                    exact=exact,
+                    go_on=go_on,
+                    deadline=deadline,
+                )
             rankings |= zip(rows, found, strict=True)
         return [rankings[row] for row in range(len(queries))]
 
-    def _scores(self, queries: Sequence[ResolvedQuery], resolve: Resolve, where: str | None) -> Scores:
+    def _scores(
+        self,
+        queries: Sequence[ResolvedQuery],
+        resolve: Resolve,
+        where: str | None,
+        go_on: GoOn,
+        deadline: float | None,
+    ) -> Scores:
         counts = sorted({query.num_steps for query in queries})
         if len(counts) > 1:
             raise InvalidFieldError(
@@ -293,10 +382,10 @@ class Engine:
             )
         mean = np.mean([query.sketch for query in queries], axis=0, dtype=np.float64).astype(np.float32)
         with _refusing("resolve"):
-            return self.index.scores(mean, resolve, where=where)
+            return self.index.scores(mean, resolve, where=where, go_on=go_on, deadline=deadline)
 
     def _trajectories(
-        self, queries: Sequence[ResolvedQuery], example_ids: Sequence[str], resolve: TrajectoryResolve
+        self, queries: Sequence[ResolvedQuery], example_ids: Sequence[str], resolve: TrajectoryResolve, go_on: GoOn
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         groups = _by_steps(queries)
         if len(groups) > 1 and resolve != "train_step":
@@ -310,25 +399,30 @@ class Engine:
         for rows in groups:
             sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
             with _refusing("resolve"):
-                influences, errors = self._measure(sketches, example_ids, resolve)
+                influences, errors = self._measure(sketches, example_ids, resolve, go_on)
             results |= zip(rows, zip(influences, errors, strict=True), strict=True)
         ordered = [results[row] for row in range(len(queries))]
         return np.stack([influence for influence, _ in ordered]), np.stack([error for _, error in ordered])
 
     def _measure(
-        self, sketches: NDArray[np.float32], example_ids: Sequence[str], resolve: TrajectoryResolve
+        self, sketches: NDArray[np.float32], example_ids: Sequence[str], resolve: TrajectoryResolve, go_on: GoOn
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Influences and standard errors, a block of examples at a time: the index decodes all it is asked for."""
         slots = 1 if resolve == "query_step" else self.index.num_steps
         size = max(1, DECODED_BYTES // (slots * self.index.width * 4))
         blocks = [example_ids[start : start + size] for start in range(0, len(example_ids), size)]
-        measured = [self.index.trajectories_with_errors(sketches, block, resolve) for block in blocks]
+        measured = []
+        for block in blocks:
+            go_on()
+            measured.append(self.index.trajectories_with_errors(sketches, block, resolve))
         influences, errors = zip(*measured, strict=True)
         return np.concatenate(influences, axis=1), np.concatenate(errors, axis=1)
 
-    def _curves(self, answer: Influences, example_ids: Sequence[str], num_steps: int, resolve: Resolve) -> Curves:
+    def _curves(
+        self, answer: Influences, example_ids: Sequence[str], num_steps: int, resolve: Resolve, go_on: GoOn
+    ) -> Curves:
         if example_ids:
-            influences, errors = self._measure(np.stack([answer.query.sketch]), example_ids, resolve)
+            influences, errors = self._measure(np.stack([answer.query.sketch]), example_ids, resolve, go_on)
         else:
             influences = errors = np.zeros((1, 0, num_steps), np.float32)
         return Curves(example_ids=example_ids, influences=influences[0], standard_errors=errors[0])

@@ -1,11 +1,15 @@
-"""What a request can be refused for. servicer.py gives each its status code; nothing here knows gRPC.
+"""What a request can be refused for. refusals.py gives each its status code; nothing here knows gRPC.
 
 RequestError
 ├── InvalidFieldError (ValueError)    wrong in itself
 ├── UnknownNameError (LookupError)    no such index or example
 ├── PreconditionError (RuntimeError)  right in form, but not for this index as it is served
 ├── StalledError (TimeoutError)       a stream's client was not in time
-└── QueueFullError (RuntimeError)     too many requests are waiting
+├── UnknownCallerError                no token, or one that is not known
+├── ForbiddenError (PermissionError)  the token does not allow this
+├── RateError (RuntimeError)          the token's requests come too fast
+├── QueueFullError (RuntimeError)     too many requests are waiting
+└── UnavailableError (RuntimeError)   what the server needs for this is down, and will be up again
 """
 
 from __future__ import annotations
@@ -54,6 +58,26 @@ class QueueFullError(RequestError, RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class UnknownCallerError(RequestError):
+    """The request brings no token that the server knows."""
+
+
+class ForbiddenError(RequestError, PermissionError):
+    """The caller's token does not allow this."""
+
+
+class RateError(RequestError, RuntimeError):
+    """More requests with one token than it allows.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 @contextmanager
 def in_field(outer: str) -> Iterator[None]:
     """Names the fields of what is refused as fields of a message inside another."""
@@ -62,3 +86,15 @@ def in_field(outer: str) -> Iterator[None]:
     except RequestError as error:
         error.field = f"{outer}.{error.field}" if error.field else outer
         raise
+
+
+class UnavailableError(RequestError, RuntimeError):
+    """The model's process died under the request, or has too little memory for it now; or shards did not answer.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

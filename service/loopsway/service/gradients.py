@@ -16,6 +16,7 @@ from loopsway.v1.tensors import from_tensor
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, RowGradient
 
 from .errors import InvalidFieldError, PreconditionError
+from .limits import check_limits
 from .settings import Settings
 
 
@@ -35,6 +36,7 @@ async def sketched(
     first = await anext(requests, None)
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidFieldError("the stream does not begin with its header", field="header")
+    check_limits(first, settings)
     _check_header(first.header, settings)
     index = index_of(first.header.index)
     try:
@@ -43,6 +45,7 @@ async def sketched(
         raise PreconditionError(f"index {index.name} takes no gradients: {error}", field="header.index") from error
     stream = _Received(first.header.total_bytes, sketch)
     async for request in requests:
+        check_limits(request, settings)
         match request.WhichOneof("part"):
             case "piece":
                 await asyncio.to_thread(stream.add, request.piece)

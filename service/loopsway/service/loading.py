@@ -1,51 +1,51 @@
-"""From an index on disk to an engine that answers, with or without its model."""
+"""From an index on disk to an engine that answers, with or without its model.
+
+Task code runs in the model's process alone; here it is only decided which may run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from loopsway.indexer import LoadError, load_sketcher, open_index
+from loopsway.indexer import Index, LoadError, allowed_task, open_index
 
 from .engine import Engine
 from .model import QueryModel
-from .settings import Settings
+from .settings import IndexSettings, Settings
 
 
-def load_engine(
-    path: str | Path,
-    task_spec: str | None = None,
-    task_arguments: Mapping[str, Any] | None = None,
-    *,
-    model: bool = True,
-    device: str = "cpu",
-    settings: Settings | None = None,
-) -> Engine:
-    """Opens an index to be served, with its model and its searches on the device.
-
-    Args:
-        path: of the index.
-        task_spec: the task to run, as `path/to/file.py:Class`. None: the one that the index names, if it is shipped.
-        task_arguments: for the task's constructor. None: those that the index was built with.
-        model: False to run no task at all and answer sketches only.
-        device: a torch device name.
-        settings: the limits.
+def load_engine(asked: IndexSettings, settings: Settings | None = None) -> Engine:
+    """Opens the last generation of an index, to be served once it is warmed up.
 
     Raises:
-        LoadError: the task may not run unasked, or its model makes other sketches than the index holds.
+        LoadError: the task may not run unasked.
         FileNotFoundError: no index at the path.
-        ValueError: the index is damaged, the task can't be loaded, or the device is not available.
+        ValueError: the index is damaged, or the device is not available.
     """
     settings = settings or Settings()
-    index = open_index(path, device=device)
-    if not model:
-        if task_spec is not None:
-            raise LoadError(f"a task ({task_spec}) was given for an index to be served without its model; drop one")
+    index = _opened(asked)
+    if not asked.model:
+        if asked.task is not None:
+            index.close()
+            raise LoadError(f"a task ({asked.task}) was given for an index to be served without its model; drop one")
         return Engine(index, settings=settings)
     try:
-        task, sketcher = load_sketcher(index, task_spec, task_arguments, device=device)
+        spec = allowed_task(index, asked.task)
     except LoadError as error:
+        index.close()
         raise LoadError(f"{error}. To serve sketches alone, without the task, give --no-model") from error
-    model_of = QueryModel(task, sketcher, index, batch_size=settings.batch_size, batch_delay_s=settings.batch_delay_s)
-    return Engine(index, model_of, settings=settings)
+    arguments = index.task_arguments if asked.task_arguments is None else dict(asked.task_arguments)
+    return Engine(index, QueryModel(index, spec, arguments, settings), settings=settings)
+
+
+def _opened(asked: IndexSettings) -> Index:
+    if asked.engine == "local":
+        if asked.workers is not None or asked.address is not None:
+            raise ValueError(
+                f'workers {asked.workers} and address {asked.address} were given for engine "local", which is this '
+                'process: give engine "ray" too, or drop them'
+            )
+        return open_index(asked.path, device=asked.device, name=asked.name)
+    from loopsway.indexer.search.ray_shards import open_ray_index  # here: it is an extra's
+
+    return open_ray_index(
+        asked.path, name=asked.name, workers=asked.workers, device=asked.device, address=asked.address
+    )

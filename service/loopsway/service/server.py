@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc.aio
@@ -20,8 +20,11 @@ from loopsway.indexer.store.files import write_json
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
 
+from .authentication import Authentication
+from .catalog import Catalog
 from .checks import check_exposure
-from .engine import Engine
+from .credentials import server_credentials
+from .reception import Reception
 from .servicer import Servicer
 from .settings import Settings
 
@@ -33,31 +36,34 @@ _log = logging.getLogger(__name__)
 class Server:
     """A bound server; `start` makes it answer, `stop` ends it. Made by `create_server`."""
 
-    def __init__(self, engines: Sequence[Engine], settings: Settings) -> None:
-        self._engines, self._settings = tuple(engines), settings
+    def __init__(self, settings: Settings) -> None:
+        self.catalog, self._settings = Catalog(settings), settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
         self._grpc = grpc.aio.server(
+            interceptors=[*([Authentication(settings.tokens)] if settings.tokens else []), Reception(settings)],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
                 # Two servers that share a port would each answer some of the requests.
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
-        add_AttributionServicer_to_server(Servicer({engine.name: engine for engine in engines}, settings), self._grpc)
+        add_AttributionServicer_to_server(Servicer(self.catalog, settings), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
 
     @property
     def health_names(self) -> tuple[str, ...]:
         """What health can be asked for: "" and the service for all, or one index by its name."""
-        return ("", SERVICE, *(engine.name for engine in self._engines))
+        return ("", SERVICE, *self.catalog)
 
     def bind(self) -> int:
         host, port = self._settings.host, self._settings.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return self._grpc.add_insecure_port(address)
+            if self._settings.tls is None:
+                return self._grpc.add_insecure_port(address)
+            return self._grpc.add_secure_port(address, server_credentials(self._settings.tls))
         except RuntimeError as error:
             raise OSError(f"can't listen on {address}: the port is taken, or the address isn't this machine's; "
                           "port 0 picks a free one") from error  # fmt: skip
@@ -66,17 +72,14 @@ class Server:
         """Listens, warms every index up, then reports SERVING."""
         await self._report(self.health_names, serving=False)
         await self._grpc.start()
-        for engine in self._engines:
-            await engine.warm_up()
-            await self._report([engine.name], serving=True)
+        await self.catalog.start(lambda name: self._report([name], serving=True))
         await self._report(["", SERVICE], serving=True)
 
     async def stop(self) -> None:
-        """Refuses new requests, gives running ones `grace_s` to finish, then closes the engines."""
+        """Refuses new requests, gives running ones `grace_s` to finish, then closes the indices."""
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(self._settings.grace_s)
-        for engine in self._engines:
-            await asyncio.to_thread(engine.close)
+        await self.catalog.stop()
 
     async def _report(self, names: Sequence[str], *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -84,54 +87,53 @@ class Server:
             await self._health.set(name, status)
 
 
-def create_server(engines: Sequence[Engine], settings: Settings | None = None) -> tuple[Server, int]:
+def create_server(settings: Settings) -> tuple[Server, int]:
     """A server, bound but not yet answering, and its port. Call it within the event loop that will run it.
 
     Raises:
-        ValueError: two indices share a name, or the host would expose the server.
+        LoadError: a task may not run unasked.
+        FileNotFoundError: no index at a path.
+        ValueError: an index is damaged, two indices share a name, or the host would expose the server.
         OSError: the port can't be had.
     """
-    settings = settings or Settings()
-    names = sorted(engine.name for engine in engines)
-    if not names:
-        raise ValueError("no indices to serve; give at least one")
-    if len(set(names)) < len(names):
-        raise ValueError(f"the indices are named {', '.join(names)}: each needs its own name; rename a folder")
     check_exposure(settings)
-    server = Server(engines, settings)
+    server = Server(settings)
     return server, server.bind()
 
 
-def serve(engines: Sequence[Engine], settings: Settings | None = None, *, ready_file: Path | None = None) -> None:
-    """Serves the engines until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
+def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callable[[], Settings] | None = None) -> None:
+    """Serves the indices until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
+
+    SIGHUP looks for new generations at once, and reads aliases again.
 
     Args:
-        engines: of `load_engine`; closed at the end.
-        settings: the limits and the address.
+        settings: the indices, the limits and the address.
         ready_file: is written, whole, once the server is SERVING: JSON with "port" and "pid"; removed at the end.
             A file that is there already is removed first.
+        reread: gives the settings as they are now, for their aliases; None: those given stay.
 
     Raises:
-        ValueError: as `create_server`.
-        OSError: as `create_server`.
+        LoadError: a task can't be loaded, or its model makes other sketches than its index holds.
+        FileNotFoundError, ValueError, OSError: as `create_server`.
     """
     # Nothing changes where the caller has set logging up.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(_serve(engines, settings or Settings(), ready_file))
+    asyncio.run(_serve(settings, ready_file, reread))
 
 
-async def _serve(engines: Sequence[Engine], settings: Settings, ready_file: Path | None) -> None:
-    server, port = create_server(engines, settings)
+async def _serve(settings: Settings, ready_file: Path | None, reread: Callable[[], Settings] | None) -> None:
+    server, port = create_server(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, _look_again, server.catalog, reread)
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     try:
         await _start_unless(server, stopping)
         if not stopping.is_set():
-            names = ", ".join(engine.name for engine in engines)
+            names = ", ".join(server.catalog)
             print(f"serving {names} on {settings.host}:{port}", flush=True)
             if ready_file is not None:
                 write_json(ready_file, {"port": port, "pid": os.getpid()})
@@ -141,6 +143,16 @@ async def _serve(engines: Sequence[Engine], settings: Settings, ready_file: Path
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
         await server.stop()
+
+
+def _look_again(catalog: Catalog, reread: Callable[[], Settings] | None) -> None:
+    catalog.look()
+    if reread is None:
+        return
+    try:
+        catalog.alias(reread().aliases)
+    except (ValueError, OSError) as error:
+        _log.error("the aliases stay as they are: %s", error)
 
 
 async def _start_unless(server: Server, stopping: asyncio.Event) -> None:

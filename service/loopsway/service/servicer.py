@@ -1,26 +1,16 @@
-"""The Attribution service: each method decodes, asks the engine, encodes. The only file that knows status codes.
-
-InvalidFieldError: INVALID_ARGUMENT. UnknownNameError: NOT_FOUND. PreconditionError: FAILED_PRECONDITION.
-QueueFullError: RESOURCE_EXHAUSTED with RetryInfo. StalledError: DEADLINE_EXCEEDED. Anything else is ours: INTERNAL,
-logged, nothing of it in the text.
-"""
+"""The Attribution service: each method decodes, asks the engine, encodes. refusals.py knows the status codes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import grpc
-import grpc.aio
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.rpc import code_pb2
 
 from loopsway.indexer import Index
 from loopsway.v1 import attribution_pb2 as pb
@@ -28,47 +18,35 @@ from loopsway.v1.attribution_pb2_grpc import AttributionServicer
 from loopsway.v1.tensors import to_tensor
 
 from . import decoding, encoding, gradients
+from .catalog import Catalog
 from .engine import Engine
-from .errors import (
-    InvalidFieldError,
-    PreconditionError,
-    QueueFullError,
-    RequestError,
-    StalledError,
-    UnknownNameError,
-    in_field,
-)
+from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
+from .limits import check_limits
+from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
 from .settings import Settings
 from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
+from .tokens import allowed, check_allowed
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response", bound=Message)
 _Answer = TypeVar("_Answer")
 
-_CODES: dict[type[RequestError], grpc.StatusCode] = {
-    InvalidFieldError: grpc.StatusCode.INVALID_ARGUMENT,
-    UnknownNameError: grpc.StatusCode.NOT_FOUND,
-    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
-    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    StalledError: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-# An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
-MAX_TEXT_BYTES = 1000
+# Of the time that a request has left, what shards may take: the rest is for what is made of their answers.
+SHARDS_SHARE = 0.9
 MAX_TAG = 256
-INTERNAL = "internal error; the server's log has the details"
 
 
 class Servicer(AttributionServicer):
     """Answers from the engines, by their names.
 
     Args:
-        engines: name -> engine; at least one.
+        engines: by the indices' names; looked at anew by each request.
         settings: the limits.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], settings: Settings) -> None:
-        self._engines = dict(engines)
+    def __init__(self, engines: Catalog, settings: Settings) -> None:
+        self._engines = engines
         self._settings = settings
         self._streams = StreamPlaces(settings)
 
@@ -84,7 +62,7 @@ class Servicer(AttributionServicer):
         self, request: pb.ListIndicesRequest, context: Any
     ) -> pb.ListIndicesResponse:
         async def answer() -> pb.ListIndicesResponse:
-            names = sorted(self._engines)
+            names = sorted(allowed(self._engines))
             return pb.ListIndicesResponse(indices=[await self._described(self._engines[name]) for name in names])
 
         return await self._answer("ListIndices", "", 0, context, answer)
@@ -93,7 +71,11 @@ class Servicer(AttributionServicer):
         self, request: pb.FindInfluencesRequest, context: Any
     ) -> pb.FindInfluencesResponse:
         return await self._answer(
-            "FindInfluences", request.index, len(request.queries), context, lambda: self._find_influences(request)
+            "FindInfluences",
+            request.index,
+            len(request.queries),
+            context,
+            lambda: self._find_influences(request, _deadline(context)),
         )
 
     async def StreamInfluences(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
@@ -114,7 +96,11 @@ class Servicer(AttributionServicer):
         self, request: pb.ScoreExamplesRequest, context: Any
     ) -> AsyncIterator[pb.ScoreExamplesResponse]:
         responses = await self._answer(
-            "ScoreExamples", request.index, len(request.queries), context, lambda: self._score_examples(request)
+            "ScoreExamples",
+            request.index,
+            len(request.queries),
+            context,
+            lambda: self._score_examples(request, _deadline(context)),
         )
         while (response := await asyncio.to_thread(next, responses, None)) is not None:
             yield response
@@ -123,7 +109,11 @@ class Servicer(AttributionServicer):
         self, request: pb.FindNeighborsRequest, context: Any
     ) -> pb.FindNeighborsResponse:
         return await self._answer(
-            "FindNeighbors", request.index, len(request.example_ids), context, lambda: self._find_neighbors(request)
+            "FindNeighbors",
+            request.index,
+            len(request.example_ids),
+            context,
+            lambda: self._find_neighbors(request, _deadline(context)),
         )
 
     async def SketchQueries(  # noqa: N802  # the proto's name
@@ -138,7 +128,9 @@ class Servicer(AttributionServicer):
     ) -> pb.SketchGradientsResponse:
         return await self._answer("SketchGradients", "", 1, context, lambda: self._sketch_gradients(request_iterator))
 
-    async def _find_influences(self, request: pb.FindInfluencesRequest) -> pb.FindInfluencesResponse:
+    async def _find_influences(
+        self, request: pb.FindInfluencesRequest, deadline: float | None
+    ) -> pb.FindInfluencesResponse:
         engine, settings = self._engine(request.index), self._settings
         counts = decoding.counts_from(request, settings)
         resolve = decoding.resolve_from(request.resolve)
@@ -151,6 +143,8 @@ class Servicer(AttributionServicer):
             steps=steps,
             where=request.where or None,
             exact=not request.approximate,
+            deadline=deadline,
+            require_full_coverage=request.require_full_coverage,
         )
         answers = [answer.cut(*counts) for answer in answers]
         count = sum(
@@ -183,20 +177,18 @@ class Servicer(AttributionServicer):
         """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
         while True:
             try:
-                if len(batch.tag) > MAX_TAG:
-                    raise InvalidFieldError(
-                        f"the tag has {len(batch.tag)} characters, expected at most {MAX_TAG}", field="tag"
-                    )
-                return pb.StreamInfluencesResponse(tag=batch.tag, response=await self._find_influences(batch.request))
+                check_limits(batch, self._settings)
+                response = await self._find_influences(batch.request, None)
+                return pb.StreamInfluencesResponse(tag=batch.tag, response=response)
             except QueueFullError as error:
                 await asyncio.sleep(error.retry_after_s)
             except RequestError as error:
-                code = _CODES[type(error)].value[0]
-                failure = pb.Failure(code=code, message=_shortened(str(error)), field=error.field)
+                code = code_of(error).value[0]
+                failure = pb.Failure(code=code, message=shortened(str(error)), field=error.field)
                 return pb.StreamInfluencesResponse(tag=batch.tag[:MAX_TAG], failure=failure)
             except Exception:
                 _log.exception("a batch of StreamInfluences failed")
-                failure = pb.Failure(code=grpc.StatusCode.INTERNAL.value[0], message=INTERNAL)
+                failure = pb.Failure(code=code_pb2.INTERNAL, message=INTERNAL)
                 return pb.StreamInfluencesResponse(tag=batch.tag, failure=failure)
 
     async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
@@ -207,15 +199,25 @@ class Servicer(AttributionServicer):
         answer = await engine.trajectories(queries, example_ids, resolve)
         return self._fitting(encoding.trajectories_response(answer, engine.index), "example_ids")
 
-    async def _score_examples(self, request: pb.ScoreExamplesRequest) -> Iterator[pb.ScoreExamplesResponse]:
+    async def _score_examples(
+        self, request: pb.ScoreExamplesRequest, deadline: float | None
+    ) -> Iterator[pb.ScoreExamplesResponse]:
         engine = self._engine(request.index)
         resolve = decoding.resolve_from(request.resolve)
         fractions, least = decoding.fractions_from(request), decoding.least_magnitude_from(request)
         queries = decoding.queries_from(request.queries, engine.index, self._settings)
-        resolved, scores = await engine.scores(queries, resolve=resolve, where=request.where or None)
-        return encoding.scores_responses(resolved, stretches(scores, fractions, least), engine.index)
+        resolved, scores = await engine.scores(
+            queries,
+            resolve=resolve,
+            where=request.where or None,
+            deadline=deadline,
+            require_full_coverage=request.require_full_coverage,
+        )
+        return encoding.scores_responses(resolved, stretches(scores, fractions, least), scores.coverage, engine.index)
 
-    async def _find_neighbors(self, request: pb.FindNeighborsRequest) -> pb.FindNeighborsResponse:
+    async def _find_neighbors(
+        self, request: pb.FindNeighborsRequest, deadline: float | None
+    ) -> pb.FindNeighborsResponse:
         engine, settings = self._engine(request.index), self._settings
         example_ids = decoding.compared_ids_from(request.example_ids, settings)
         found = await engine.neighbors(
@@ -225,6 +227,8 @@ class Servicer(AttributionServicer):
             step=request.step if request.HasField("step") else None,
             threshold=decoding.threshold_from(request),
             where=request.where or None,
+            deadline=deadline,
+            require_full_coverage=request.require_full_coverage,
         )
         return self._fitting(await asyncio.to_thread(encoding.neighbors_response, found, engine.index), "k")
 
@@ -248,15 +252,16 @@ class Servicer(AttributionServicer):
         return await asyncio.to_thread(encoding.index_message, engine)
 
     def _engine(self, name: str) -> Engine:
-        if not name and len(self._engines) == 1:
-            return next(iter(self._engines.values()))
+        """The engine of an index that the caller may use."""
+        name, engines = self._engines.index_name(name), allowed(self._engines)
+        if not name and len(engines) == 1:
+            return next(iter(engines.values()))
+        check_allowed(name)
         if not name:
-            raise InvalidFieldError(
-                f"index is empty, and this server has several: {_listed(self._engines)}", field="index"
-            )
-        if name not in self._engines:
-            raise UnknownNameError(f"this server has no index {name!r}, only {_listed(self._engines)}", field="index")
-        return self._engines[name]
+            raise InvalidFieldError(f"index is empty, and this server has several: {_listed(engines)}", field="index")
+        if name not in engines:
+            raise UnknownNameError(f"this server has no index {name!r}, only {_listed(engines)}", field="index")
+        return engines[name]
 
     def _fitting(self, response: _Response, field: str) -> _Response:
         size, limit = response.ByteSize(), self._settings.max_message_bytes
@@ -276,47 +281,21 @@ class Servicer(AttributionServicer):
             code = "OK"
             return response
         except RequestError as error:
-            code = _CODES[type(error)].name
-            await _refuse(context, error)
+            code = code_of(error).name
+            await refuse(context, error)
         except Exception:
             code = "INTERNAL"
             _log.exception("%s failed", method)
-            await _abort(context, grpc.StatusCode.INTERNAL, INTERNAL)
+            await refuse_as_internal(context)
         finally:
             seconds = time.monotonic() - start
             _log.info("method=%s index=%r queries=%d seconds=%.4f code=%s", method, index, queries, seconds, code)
 
 
-async def _refuse(context: Any, error: RequestError) -> NoReturn:
-    text = _shortened(str(error))
-    details: list[Message] = []
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, QueueFullError):
-        delay = Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    code = _CODES[type(error)]
-    status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=text, details=_packed(details)))
-    await _abort(context, code, text, status.trailing_metadata)
-
-
-async def _abort(context: Any, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()) -> NoReturn:
-    await context.abort(code, text, trailing_metadata=trailing_metadata)
-    raise AssertionError("abort raises")
-
-
-def _packed(details: Sequence[Message]) -> list[AnyMessage]:
-    packed = [AnyMessage() for _ in details]
-    for message, detail in zip(packed, details, strict=True):
-        message.Pack(detail)
-    return packed
-
-
-def _shortened(text: str) -> str:
-    data = text.encode("utf-8", "replace")
-    return text if len(data) <= MAX_TEXT_BYTES else data[:MAX_TEXT_BYTES].decode("utf-8", "ignore") + "..."
+def _deadline(context: Any) -> float | None:
+    """When to stop waiting for shards, by `time.monotonic()`."""
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + SHARDS_SHARE * left
 
 
 def _listed(engines: Mapping[str, Engine]) -> str:

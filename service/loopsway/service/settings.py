@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .faults import settings_error
@@ -23,25 +24,71 @@ class Table(BaseModel):
 
 
 class IndexSettings(Table):
-    """An index to serve; a path alone stands for one with defaults.
+    """An index to serve; a path alone, or "NAME=PATH", stands for one with defaults.
 
     Attributes:
-        path: of the index, as `load_engine` takes it.
+        path: its folder or URL.
+        name: that requests call it by. None: as its folder.
         task: the task to run, as `path/to/file.py:Class`. None: the one that the index names.
         task_arguments: for the task's constructor. None: those that the index was built with.
         model: False to run no task at all and answer sketches only.
         device: a torch device name, for the model and the searches.
+        engine: who reads the index's codes: this process, or actors on a Ray cluster.
+        workers: of engine "ray": shards. None: one for each GPU of the cluster, or each node.
+        address: of engine "ray": the cluster's. None: that of RAY_ADDRESS, or one that is started here.
     """
 
     path: str
+    name: str | None = None
     task: str | None = None
     task_arguments: dict[str, Any] | None = None
     model: bool = True
     device: str = "cpu"
+    engine: Literal["local", "ray"] = "local"
+    workers: Annotated[int, Field(gt=0)] | None = None
+    address: str | None = None
+
+
+class TlsSettings(Table):
+    """The server's certificate; the files may be replaced while it runs.
+
+    Attributes:
+        certificate: PEM, the server's own and then those above it.
+        key: PEM, unencrypted.
+        client_ca: PEM. Callers must show a certificate that one of these signed. None: they need none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+class TokenSettings(Table):
+    """A caller's token, as `loopsway token` writes it. The token itself is nowhere.
+
+    Attributes:
+        name: of the caller, for the log and for errors.
+        sha256: of the token, in hexadecimal.
+        read: the names of the indices that it may ask; "*" stands for all.
+        admin: the same of those that it may also change.
+        requests_per_second: None: any number.
+        burst: requests that may come at once after a pause.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.@-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    read: tuple[str, ...] = ()
+    admin: tuple[str, ...] = ()
+    requests_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    burst: Positive = 10
 
 
 def _index(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    """A path, or NAME=PATH; a path may have an "=" in it."""
+    if not isinstance(value, str):
+        return value
+    name, _, path = value.partition("=")
+    return {"name": name, "path": path} if name and path and "/" not in name else {"path": value}
 
 
 class Settings(BaseSettings):
@@ -51,14 +98,21 @@ class Settings(BaseSettings):
 
     Attributes:
         indices: what `loopsway serve` serves.
-        host: address to listen on. Anything but loopback needs `insecure_bind`, as there is no TLS yet.
+        aliases: other names for indices, by alias; read again on SIGHUP, so that one can be pointed elsewhere at once.
+        host: address to listen on. Anything but loopback needs `tls`, and `tokens` or its `client_ca`.
         port: 0 lets the system pick a free one.
-        insecure_bind: listen on `host` even when it is not loopback: everybody who reaches it may ask.
+        insecure_bind: listen on `host` without them: everybody who reaches it may ask or listen in.
+        tls: None: the server speaks plaintext.
+        tokens: one of them comes with every request. Empty: whoever reaches the server may ask.
         max_message_bytes: largest request accepted and largest response sent.
         max_queries: in one request.
         max_k: proponents, and opponents, in one ranking.
         max_steps: of a query given as a sketch.
         max_example_ids: in one GetTrajectories.
+        max_id_characters: of an example's id in a request.
+        max_example_characters: of a query's JSON.
+        max_json_depth: arrays and objects of it that may lie within one another.
+        max_where_characters: of a filter.
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_gradient_bytes: of one query that comes as gradients.
         max_streams: of queries or gradients, over all indices; more are told to come back.
@@ -69,6 +123,9 @@ class Settings(BaseSettings):
         batch_size: examples in one forward and backward of the model, of one request or several.
         batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
             the one before it ran.
+        model_bytes: of all models' weights in memory; the checkpoints that were not used for longest leave, and are
+            loaded again when they are needed. None: half of the device's free memory.
+        reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.
     """
@@ -82,14 +139,21 @@ class Settings(BaseSettings):
     )
 
     indices: tuple[Annotated[IndexSettings, BeforeValidator(_index)], ...] = ()
+    aliases: dict[str, str] = Field(default_factory=dict)
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     insecure_bind: bool = False
+    tls: TlsSettings | None = None
+    tokens: tuple[TokenSettings, ...] = ()
     max_message_bytes: Positive = 64 << 20
     max_queries: Positive = 64
     max_k: Positive = 1000
     max_steps: Positive = 1024
     max_example_ids: Positive = 10_000
+    max_id_characters: Positive = 4096
+    max_example_characters: Positive = 4 << 20
+    max_json_depth: Positive = 64
+    max_where_characters: Positive = 10_000
     max_influencers: Positive = 200_000
     max_gradient_bytes: Positive = 1 << 30
     max_streams: Positive = 32
@@ -99,6 +163,8 @@ class Settings(BaseSettings):
     retry_after_s: PositiveSeconds = 1.0
     batch_size: Positive = 32
     batch_delay_s: Seconds = 0.0
+    model_bytes: Positive | None = None
+    reload_poll_s: Seconds = 5.0
     search_threads: Positive = 2
     grace_s: Seconds = 10.0
 
@@ -111,6 +177,15 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_args: Any, **_others: Any) -> Any:
         return (init_settings,)
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_tokens(cls, tokens: tuple[TokenSettings, ...]) -> tuple[TokenSettings, ...]:
+        for what in ("name", "sha256"):
+            values = [getattr(token, what) for token in tokens]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two of them have the same {what}, expected each its own")
+        return tokens
 
     def with_index_settings(self, given: dict[str, Any]) -> Settings:
         """These settings with some of `IndexSettings` set for every index."""

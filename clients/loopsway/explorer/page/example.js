@@ -5,6 +5,8 @@ import { drawMatrix, matrixPng, matrixTable } from "./matrix.js";
 import { scaled } from "./numbers.js";
 import { saveCsv, savePng } from "./save.js";
 
+const MARKED = "A dot marks what lies within two standard errors of zero.";
+const SPANNED = "Colours span the loop's own steps: what is before and after may lie beyond.";
 const MATRIX_HEADS = ["example_id", "train_step", "query_step", "influence", "standard_error"];
 
 /** Draws the panel; `known` is what the rankings say of the example, where they have it. */
@@ -80,7 +82,7 @@ function matrixFigure(about, names, view) {
       ),
     ),
     element("div", { id: "matrix", class: "chart matrix", role: "img" }),
-    element("p", { class: "hint" }, "A dot marks what lies within two standard errors of zero."),
+    element("p", { class: "hint" }, names.query.includes("after") ? `${MARKED} ${SPANNED}` : MARKED),
     table,
   ];
 }

@@ -3,12 +3,15 @@
 import { Problem, ask } from "./ask.js";
 import { byId, element } from "./elements.js";
 import { drawExample, drawExampleNote } from "./example.js";
+import { busy, say } from "./loading.js";
 import { count, stepName } from "./numbers.js";
-import { clearProblems, fill, showKind, showProblem, typed } from "./question.js";
+import { pick, pickOthers } from "./pick.js";
+import { clearProblems, fill, showColumns, showKind, showProblem, typed } from "./question.js";
 import { drawRankings } from "./rankings.js";
 import { rankingRows, saveCsv, savePng } from "./save.js";
 import { drawSteps } from "./steps.js";
-import { axisTitle, curvesOf, drawLegend, drawTrajectory, trajectoryPng, trajectoryTable } from "./trajectory.js";
+import { axisTitle, curvesOf, drawLegend, drawTrajectory, shownIn, tagsOf } from "./trajectory.js";
+import { trajectoryPng, trajectoryTable } from "./trajectory.js";
 import { questionOf, readView, writeView } from "./view.js";
 
 let indices = [];
@@ -17,7 +20,6 @@ let answer = null; // to the view's question
 let about = null; // of the view's selected example
 let asking = new AbortController();
 let looking = new AbortController();
-let seed = 0;
 
 const actions = { select, query: (id) => askAnew({ ...typed(), kind: "id", query: id }) };
 
@@ -31,11 +33,11 @@ async function start() {
   }
   const label = ({ name, num_examples: size }) => `${name} · ${count(size)} examples`;
   byId("index").replaceChildren(...indices.map((each) => element("option", { value: each.name }, label(each))));
-  show(readView(location.search));
+  go(readView(location.search));
 }
 
 /** Goes to a view that came from the address. */
-function show(next) {
+function go(next) {
   view = { ...next, index: next.index || indices[0]?.name || "" };
   fill(view);
   if (view.kind) {
@@ -44,8 +46,12 @@ function show(next) {
     answer = null;
     byId("answer").hidden = true;
     document.title = "Loopsway explorer";
-    byId("pick").open = true;
-    draw();
+    byId("drawn").replaceChildren();
+    if (byId("pick").open) {
+      draw();
+    } else {
+      byId("pick").open = true; // which draws
+    }
   }
 }
 
@@ -65,32 +71,38 @@ async function run() {
   const own = asking;
   byId("answer").setAttribute("aria-busy", "true");
   try {
-    const response = await busy("Asking the server", ask("influences", questionOf(view), own.signal));
-    answer = response;
+    answer = await busy("Asking the server", ask("influences", questionOf(view), own.signal));
+    show(answer);
   } catch (error) {
     if (own === asking) {
       byId("answer").hidden = true;
       failed(error, run);
     }
-    return;
   } finally {
     if (own === asking) {
       byId("answer").removeAttribute("aria-busy");
     }
   }
+}
+
+/** Shows the answer, and looks closer at the example that is selected: the strongest, where none is. */
+function show({ rankings }) {
   about = null;
   byId("pick").open = false;
   byId("answer").hidden = false;
-  if (view.step !== null && view.step >= answer.rankings.length - 1) {
+  if (view.step !== null && view.step >= rankings.length - 1) {
     view.step = null;
   }
-  const total = answer.rankings[0];
-  view.selected ??= (total.proponents[0] ?? total.opponents[0])?.example_id ?? null;
+  const { proponents, opponents } = rankings[0];
+  showColumns([...proponents, ...opponents]);
+  view.selected ??= (proponents[0] ?? opponents[0])?.example_id ?? null;
   remember();
   drawAnswer();
-  const found = total.proponents.length + total.opponents.length;
-  say(found ? `Answered: ${total.proponents.length} proponents and ${total.opponents.length} opponents.`
-    : "Answered: no training example was found.");
+  say(
+    proponents.length + opponents.length
+      ? `Answered: ${proponents.length} proponents and ${opponents.length} opponents.`
+      : "Answered: no training example was found.",
+  );
   look();
 }
 
@@ -190,7 +202,7 @@ function drawAnswer() {
 }
 
 function drawCurves() {
-  const curves = curvesOf(answer, about ?? { example_id: view.selected });
+  const curves = curvesOf(answer, view.selected, about);
   drawLegend(curves, select);
   drawTrajectory(curves, view, names(), withoutGradient(), chooseStep);
   const data = byId("trajectory-data");
@@ -201,19 +213,14 @@ function drawCurves() {
 }
 
 function drawStep() {
-  const total = answer.rankings[0];
-  const tags = new Map();
-  total.proponents.forEach((each, rank) => tags.set(each.example_id, `P${rank + 1}`));
-  total.opponents.forEach((each, rank) => tags.set(each.example_id, `O${rank + 1}`));
   drawSteps(answer, names(), view.step, chooseStep);
   const ranking = answer.rankings.find(({ step }) => step === view.step);
+  const tags = tagsOf(answer.rankings[0]);
   drawRankings(ranking, { stepName: names()[view.step], selected: view.selected, tags, actions });
 }
 
 function drawSelected() {
-  const known = answer.rankings
-    .flatMap((ranking) => [...ranking.proponents, ...ranking.opponents])
-    .find((each) => each.example_id === about.example_id);
+  const known = shownIn(answer, about.example_id);
   const called = (size) => [...Array(size).keys()].map((step) => stepName(step, size, info().loop_outside));
   const matrix = about.matrix.influences;
   const matrixNames = { train: called(matrix.length), query: called(matrix[0].length) };
@@ -222,57 +229,19 @@ function drawSelected() {
 
 // What can be asked about, where nothing is yet.
 
-async function draw() {
+async function draw(picking = pick) {
   if (!indices.length) {
     return;
   }
-  const list = byId("drawn");
-  byId("where-error").replaceChildren();
-  byId("where").removeAttribute("aria-invalid");
-  const { index, where } = typed();
+  clearProblems();
   try {
-    const { examples } = await busy("Drawing training examples", ask("examples", { index, where, seed }));
-    const items = examples.map((each) =>
-      element(
-        "li",
-        {},
-        element(
-          "button",
-          { type: "button", class: "drawn-example", on: { click: () => actions.query(each.example_id) } },
-          element("span", { class: "mono drawn-text" }, each.description || each.example_id),
-          element("span", { class: "id mono" }, each.example_id),
-        ),
-      ),
-    );
-    list.replaceChildren(...items);
-    if (items.length === 0) {
-      list.append(element("li", { class: "hint" }, "No training example is within the filter."));
-    }
+    await picking(actions.query);
   } catch (error) {
-    list.replaceChildren();
-    failed(error, draw);
+    failed(error, () => draw(picking));
   }
 }
 
-// Loading and failing.
-
-/** Awaits an answer while the page says so. */
-async function busy(what, answering) {
-  const root = document.documentElement;
-  root.dataset.busy = String(Number(root.dataset.busy ?? 0) + 1);
-  if (what) {
-    say(`${what}…`);
-  }
-  try {
-    return await answering;
-  } finally {
-    const left = Number(root.dataset.busy) - 1;
-    root.dataset.busy = String(left);
-    if (left === 0) {
-      delete root.dataset.busy;
-    }
-  }
-}
+// Failing.
 
 function failed(error, again) {
   if (error.name === "AbortError") {
@@ -280,10 +249,6 @@ function failed(error, again) {
   }
   say("");
   showProblem(error instanceof Problem ? error : new Problem({ detail: `The page failed: ${error.message}` }), again);
-}
-
-function say(text) {
-  byId("status").textContent = text;
 }
 
 // What people do.
@@ -301,11 +266,10 @@ document.querySelectorAll("[name=kind]").forEach((radio) => radio.addEventListen
 byId("index").addEventListener("change", () => {
   view = { ...typed(), kind: null, query: null };
   history.pushState(null, "", writeView(view));
-  show(view);
+  go(view);
 });
 byId("draw").addEventListener("click", () => {
-  seed += 1;
-  draw();
+  draw(pickOthers);
 });
 byId("pick").addEventListener("toggle", () => {
   if (byId("pick").open && byId("drawn").childElementCount === 0) {
@@ -328,14 +292,15 @@ byId("save-rankings").addEventListener("click", () => {
   saveCsv("rankings.csv", heads, rows);
 });
 byId("save-trajectory-csv").addEventListener("click", () => {
-  const rows = curvesOf(answer, about).flatMap((curve) =>
+  const rows = curvesOf(answer, view.selected, about).flatMap((curve) =>
     curve.influences.map((value, step) => [curve.id, names()[step], value, curve.standard_errors[step]]),
   );
   saveCsv("trajectories.csv", ["example_id", "step", "influence", "standard_error"], rows);
 });
 byId("save-trajectory-png").addEventListener("click", async () => {
   const title = `Influence on ${questionText()}`;
-  savePng("trajectories.png", await trajectoryPng(curvesOf(answer, about), view, names(), withoutGradient(), title));
+  const curves = curvesOf(answer, view.selected, about);
+  savePng("trajectories.png", await trajectoryPng(curves, view, names(), withoutGradient(), title));
 });
 document.documentElement.addEventListener("themechange", () => {
   if (answer) {
@@ -345,7 +310,12 @@ document.documentElement.addEventListener("themechange", () => {
     }
   }
 });
-addEventListener("popstate", () => show(readView(location.search)));
+addEventListener("resize", () => {
+  if (answer) {
+    drawStep(); // as many names as have room
+  }
+});
+addEventListener("popstate", () => go(readView(location.search)));
 if (document.readyState === "complete") {
   start();
 } else {

@@ -18,7 +18,7 @@ export function drawMatrix(matrix, names, view) {
 }
 
 function traces({ influences, standard_errors: errors }, names) {
-  const largest = influences.flat().reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
+  const largest = spanOf(influences, names);
   const isMarked = names.train.length * names.query.length <= MOST_MARKED;
   return [
     {
@@ -38,10 +38,19 @@ function traces({ influences, standard_errors: errors }, names) {
       hovertemplate: "example's step %{y}<br>query's step %{x}<br>%{z:.3g} ± %{customdata:.1g}<extra></extra>",
       colorbar: {
         orientation: "h", thickness: 8, outlinewidth: 0, len: 1, y: 1.01, yanchor: "bottom", nticks: 5,
-        tickformat: ".2~g", tickfont: { size: 11 }, ticklabelposition: "outside top", ticks: "",
+        tickformat: ".3~g", tickfont: { size: 11 }, ticklabelposition: "outside top", ticks: "",
       },
     },
   ];
+}
+
+/** The largest influence of the loop's own steps: what is outside of it may be far beyond. */
+function spanOf(influences, names) {
+  const isOwn = (name) => /^\d/.test(name);
+  const own = influences
+    .filter((_, step) => isOwn(names.train[step]))
+    .flatMap((row) => row.filter((_, at) => isOwn(names.query[at])));
+  return own.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
 }
 
 function layoutOf(names, view) {
@@ -83,8 +92,11 @@ export function matrixPng(matrix, names, view, title) {
     traces(matrix, names),
     {
       ...layout,
-      margin: { l: 60, r: 20, t: 90, b: 60 },
-      title: { text: escaped(title, 70), font: { size: 15, color: colour("ink") }, x: 0.03, xanchor: "left", y: 0.97 },
+      margin: { l: 72, r: 24, t: 96, b: 60 },
+      title: {
+        text: escaped(title, 70), font: { size: 15, color: colour("ink") },
+        x: 0.03, xanchor: "left",
+      },
     },
     680,
     680,

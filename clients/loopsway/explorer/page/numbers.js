@@ -28,11 +28,16 @@ export function isSignificant(influence, error) {
 
 /** What people call a step: its number, or the slots before and after the loop, which come last. */
 export function stepName(step, numSteps, outside) {
-  if (step === null) {
-    return "whole loop";
-  }
   if (outside && step >= numSteps - 2) {
     return step === numSteps - 2 ? "before" : "after";
   }
   return String(step);
+}
+
+/** Where a ranking is, as the end of a sentence; `name` is its step's, null for the whole loop. */
+export function placeOf(name) {
+  if (name === null) {
+    return "over the whole loop";
+  }
+  return /^\d/.test(name) ? `at step ${name}` : `${name} the loop`;
 }

@@ -47,6 +47,14 @@ export function typed() {
   };
 }
 
+/** Says what a filter may name, as the examples that came show it. */
+export function showColumns(examples) {
+  if (examples.length > 0) {
+    const columns = ["id", "description", ...Object.keys(examples[0].metadata)];
+    byId("where-hint").textContent = `Columns: ${columns.join(", ")}`;
+  }
+}
+
 export function clearProblems() {
   byId("alert").replaceChildren();
   for (const name of FIELDS) {

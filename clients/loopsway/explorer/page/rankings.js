@@ -1,7 +1,7 @@
 // The tables of proponents and opponents at one step.
 
 import { byId, drawing, element } from "./elements.js";
-import { scaled } from "./numbers.js";
+import { placeOf, scaled } from "./numbers.js";
 
 const KINDS = {
   proponents: { title: "Proponents", says: "pushed the answer up", arrow: "▲" },
@@ -12,7 +12,7 @@ const KINDS = {
 export function drawRankings(ranking, { stepName, selected, tags, actions }) {
   const all = [...ranking.proponents, ...ranking.opponents];
   const largest = Math.max(...all.map((each) => Math.abs(each.influence) + 2 * each.standard_error), Number.MIN_VALUE);
-  const where = ranking.step === null ? "over the whole loop" : `at step ${stepName}`;
+  const where = placeOf(ranking.step === null ? null : stepName);
   const context = { largest, selected, tags, actions };
   const tables = Object.keys(KINDS).map((kind) => table(kind, ranking[kind], where, context));
   const panel = byId("rankings");

@@ -1,34 +1,48 @@
 // The strip of steps under the chart, each in line with its place there: arrow keys and clicks choose one.
 
 import { byId, drawing, element } from "./elements.js";
+import { placeOf } from "./numbers.js";
+import { MARGIN } from "./trajectory.js";
 
 const HEIGHT = 26;
+const LABEL_WIDTH = 24;
+const UPRIGHT_WIDTH = 13;
+const SHORT = 4; // digits; longer names are words
 
 /** Draws the strip: the whole loop first; each step's bar shows its strongest proponent and opponent. */
 export function drawSteps(answer, names, chosen, choose) {
+  const strip = byId("steps");
   const peaks = answer.rankings.slice(1).map((ranking) => ({
     step: ranking.step,
     up: ranking.proponents[0]?.influence ?? 0,
     down: -(ranking.opponents[0]?.influence ?? 0),
   }));
   const largest = Math.max(...peaks.map(({ up, down }) => Math.max(up, down)), Number.MIN_VALUE);
-  const tabs = [tab(null, "all", "the whole loop", null, chosen === null, choose)];
+  const room = (strip.clientWidth - MARGIN.l - MARGIN.r) / peaks.length;
+  const tabs = [tab({ step: null, name: "all", place: placeOf(null), isChosen: chosen === null, choose })];
   for (const peak of peaks) {
     const name = names[peak.step];
-    tabs.push(tab(peak.step, name, `step ${name}`, bar(peak, largest), chosen === peak.step, choose));
+    const isChosen = chosen === peak.step;
+    const shown = isLabelled(peak.step, name, chosen, room) ? name : "";
+    tabs.push(tab({ step: peak.step, name: shown, place: placeOf(name), isChosen, choose, room }, bar(peak, largest)));
   }
-  const strip = byId("steps");
   const hadFocus = strip.contains(document.activeElement);
   strip.replaceChildren(...tabs);
   strip.onkeydown = (event) => move(event, [null, ...peaks.map((peak) => peak.step)], chosen, choose);
-  const current = strip.querySelector("[aria-selected=true]");
   if (hadFocus) {
-    current?.focus();
+    strip.querySelector("[aria-selected=true]").focus();
   }
-  current?.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
-function tab(step, name, label, picture, isChosen, choose) {
+/** Whether a step's name has room beside the others' and the chosen one's. */
+function isLabelled(step, name, chosen, room) {
+  const every = Math.ceil(LABEL_WIDTH / room);
+  const isFree = chosen === null || Math.abs(step - chosen) >= every;
+  return step === chosen || (name.length > SHORT ? room > UPRIGHT_WIDTH : step % every === 0 && isFree);
+}
+
+function tab({ step, name, place, isChosen, choose, room }, picture = null) {
+  const isUpright = name.length > SHORT && room < LABEL_WIDTH * 2;
   return element(
     "button",
     {
@@ -38,19 +52,21 @@ function tab(step, name, label, picture, isChosen, choose) {
       class: step === null ? "step whole" : "step",
       "aria-selected": String(isChosen),
       "aria-controls": "rankings",
-      "aria-label": label,
+      "aria-label": place,
+      title: place,
       tabindex: isChosen ? "0" : "-1",
       on: { click: () => choose(step) },
     },
     picture,
-    element("span", { class: "step-name" }, name),
+    element("span", { class: isUpright ? "step-name upright" : "step-name" }, name || "\u00a0"),
   );
 }
 
 function bar({ up, down }, largest) {
   const middle = HEIGHT / 2;
   const tall = (value) => (value / largest) * (middle - 1);
-  const picture = drawing("svg", { viewBox: `0 0 12 ${HEIGHT}`, width: 12, height: HEIGHT, "aria-hidden": "true" });
+  const size = { viewBox: `0 0 12 ${HEIGHT}`, preserveAspectRatio: "none", height: HEIGHT };
+  const picture = drawing("svg", { ...size, class: "step-bar", "aria-hidden": "true" });
   picture.append(
     drawing("rect", { x: 2, y: middle - tall(up), width: 8, height: tall(up), class: "fill-proponents" }),
     drawing("rect", { x: 2, y: middle, width: 8, height: tall(down), class: "plain-opponents" }),

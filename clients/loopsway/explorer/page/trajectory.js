@@ -17,40 +17,42 @@ const AXES = {
 };
 
 /** The curves of an answer: the first few of both signs, and the example that is selected. */
-export function curvesOf(answer, selected) {
+export function curvesOf(answer, id, about) {
   const total = answer.rankings[0];
-  const curves = [];
-  for (const [sign, first] of [["proponents", 0], ["opponents", total.proponents.length]]) {
-    total[sign].forEach((example, rank) => {
-      const isSelected = example.example_id === selected?.example_id;
-      if (rank < DRAWN || isSelected) {
-        const own = rank < DRAWN ? rank : DRAWN - 1;
-        curves.push({
-          tag: `${sign === "proponents" ? "P" : "O"}${rank + 1}`,
-          name: example.description || example.example_id,
-          id: example.example_id,
-          colour: `${sign}-${own + 1}`,
-          dash: DASHES[own],
-          shape: SHAPES[sign][own],
-          isSelected,
-          ...answer.trajectories[first + rank],
-        });
-      }
-    });
-  }
-  if (selected?.trajectory && !curves.some((curve) => curve.isSelected)) {
-    curves.push({
-      tag: "selected",
-      name: selected.shown?.description || selected.example_id,
-      id: selected.example_id,
-      colour: "ink",
-      dash: "dashdot",
-      shape: "cross",
-      isSelected: true,
-      ...selected.trajectory,
-    });
+  const curves = ["proponents", "opponents"].flatMap((sign) =>
+    total[sign].slice(0, DRAWN).map((example, rank) => ({
+      tag: tagsOf(total).get(example.example_id),
+      name: example.description || example.example_id,
+      id: example.example_id,
+      colour: `${sign}-${rank + 1}`,
+      dash: DASHES[rank],
+      shape: SHAPES[sign][rank],
+      isSelected: example.example_id === id,
+      ...answer.trajectories[example.example_id],
+    })),
+  );
+  const trajectory = answer.trajectories[id] ?? (about?.example_id === id ? about.trajectory : undefined);
+  if (trajectory && !curves.some((curve) => curve.isSelected)) {
+    const name = (shownIn(answer, id) ?? about?.shown)?.description || id;
+    const tag = tagsOf(total).get(id) ?? "sel.";
+    curves.push({ tag, name, id, colour: "ink", dash: "dashdot", shape: "cross", isSelected: true, ...trajectory });
   }
   return curves;
+}
+
+/** What the examples ranked over the whole loop are called in charts and tables: P1, P2, …, O1, …, by id. */
+export function tagsOf(total) {
+  return new Map([
+    ...total.proponents.map((each, rank) => [each.example_id, `P${rank + 1}`]),
+    ...total.opponents.map((each, rank) => [each.example_id, `O${rank + 1}`]),
+  ]);
+}
+
+/** What the rankings say of an example. Undefined: it is in none. */
+export function shownIn(answer, id) {
+  return answer.rankings
+    .flatMap((ranking) => [...ranking.proponents, ...ranking.opponents])
+    .find((each) => each.example_id === id);
 }
 
 export function axisTitle(resolve) {
@@ -167,7 +169,7 @@ function endLabels(curves, [low, high], height) {
   }
   return labels.map(({ curve, last, at, moved }) => ({
     x: 1, xref: "paper", xanchor: "left", xshift: 4, y: last, yshift: moved - at, showarrow: false,
-    text: curve.tag === "selected" ? "sel." : curve.tag,
+    text: curve.tag,
     font: { color: colour(curve.colour), size: 12, weight: curve.isSelected ? 700 : 500 },
   }));
 }

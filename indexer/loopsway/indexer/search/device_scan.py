@@ -29,12 +29,14 @@ from .coded_queries import ROUNDING, by_peaks, slack_of
 from .scan import Answer, Rows, Scored, in_threads, ranked
 
 EXTRA, WIDENING = 16, 8  # candidates beyond k; more, times this, while one that is left out could be better
-TILE_BYTES = 64 << 20  # of what is made of a tile's codes
+TILE_BYTES = 256 << 20  # of what is made of a tile's codes: each tile costs a dozen launches
 SHARE = 0.5  # of a device's free memory that codes may take; the model and its batches need the rest
 # Of |query| |row| for each of W products: tensor cores add four or more at once, and cut off what is below the last of
 # 24 bits of the sum.
 TRUNCATION = 2.0**-26
 TF32_LOSS = 2.0**-10  # of a float32, at most, where TF32 cuts it off
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by their bytes
 
 _log = logging.getLogger(__name__)
 
@@ -196,13 +198,25 @@ class _Tiles:
 
     def bounds(self, own: range, codes: Tensor) -> Tensor:
         """Of the products, and of the negated ones, float32 [2 M, n]."""
-        values = codes.to(self._kind) if self._cells is None else self._cells.index_select(0, codes.flatten().int())
+        values = codes.to(self._kind) if self._cells is None else looked_up(self._cells, codes.flatten().int())
         products = _products(self._queries, values.view(len(own), -1))
         bounds = torch.cat([products + self._slack, self._slack - products])
         bounds *= self._factors[own.start : own.stop]
         if self._left_out is not None:
             bounds.masked_fill_(self._left_out[own.start : own.stop], -math.inf)
         return bounds
+
+
+def looked_up(cells: Tensor, codes: Tensor) -> Tensor:
+    """The rows of a table [256, c] by their numbers int32 [n], one after another, [n c].
+
+    A row is copied as one number where there is a type of its size: a GPU's index_select takes fifty times as long over
+    rows of so few bytes as writing them does.
+    """
+    word = _WORDS.get(cells.shape[1] * cells.itemsize)
+    return (
+        cells.index_select(0, codes).flatten() if word is None else cells.view(word).flatten()[codes].view(cells.dtype)
+    )
 
 
 def device_scan(device: str, budget_bytes: int | None = None) -> DeviceScan | None:

@@ -42,7 +42,7 @@ def load_sketcher(
         LoadError: the task may not run unasked, or its model makes other sketches than the index holds.
         TaskError: the task can't be loaded.
     """
-    spec = _allowed_spec(index, task_spec)
+    spec = allowed_task(index, task_spec)
     task = load_task(spec, index.task_arguments if task_arguments is None else task_arguments)
     sketcher = ExampleSketcher(task, index.config, device=device, batch_size=batch_size, memory=memory)
     if sketcher.fingerprint != index.fingerprint:
@@ -59,7 +59,12 @@ def load_sketcher(
     return task, sketcher
 
 
-def _allowed_spec(index: Index, task_spec: str | None) -> str:
+def allowed_task(index: Index, task_spec: str | None) -> str:
+    """The task whose code may run for this index.
+
+    Raises:
+        LoadError: none is given, and the one that the index names is not shipped.
+    """
     if task_spec is not None:
         return task_spec
     named = index.task_spec

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ def open_ray_index(
     path: str | Path,
     *,
     generation: int | None = None,
+    name: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     device_bytes: int | None = None,
@@ -51,16 +53,18 @@ def open_ray_index(
     Args:
         path: a folder that all nodes share, or a URL.
         generation: as in `open_index`.
+        name: as in `open_index`.
         workers: number of shards, at most the index's blocks; None: one for each GPU of the cluster, or each node.
         device: "cuda" for actors with a GPU each; "cpu".
         device_bytes: as in `open_index`, of each actor.
-        address: of the cluster; None: that of RAY_ADDRESS, or one that is started here.
+        address: of the cluster; None: that of RAY_ADDRESS, or one that is started here and ends with
+            this process.
 
     Raises:
         IndexNotFoundError, IndexDamagedError, StorageError, ValueError: as `open_index`, here or in an actor.
     """
-    index = open_index(path, generation=generation)
-    starts_cluster = connect(address)
+    index = open_index(path, generation=generation, name=name)
+    connect(address)
     on_gpus = device.startswith("cuda")
     nodes = sum(node["Alive"] for node in ray.nodes())
     workers = workers or max(1, int(ray.cluster_resources().get("GPU", 0)) if on_gpus else nodes)
@@ -71,7 +75,7 @@ def open_ray_index(
         device_bytes=device_bytes,
         beside=-(-workers // nodes),
     )
-    shards = RayShards(opening, shard_rows(index.blocks(), workers), on_gpus=on_gpus, ends_cluster=starts_cluster)
+    shards = RayShards(opening, shard_rows(index.blocks(), workers), on_gpus=on_gpus)
     index.reader = ShardedReader(shards)
     return index
 
@@ -117,13 +121,14 @@ class _Place:
 class RayShards:
     """As `Shards`. Made by `open_ray_index`."""
 
-    def __init__(self, opening: _Opening, rows: Sequence[range], *, on_gpus: bool, ends_cluster: bool) -> None:
-        self._opening, self._ends_cluster = opening, ends_cluster
+    def __init__(self, opening: _Opening, rows: Sequence[range], *, on_gpus: bool) -> None:
+        self._opening = opening
         self._amount = {"num_gpus": 1} if on_gpus else {"num_cpus": 1}
         self._places = [_Place(rows=own) for own in rows]
         self._lock = threading.Lock()
         self._woken, self._closing = threading.Event(), threading.Event()
-        self._watch = threading.Thread(target=self._keep_alive, name="loopsway-shards", daemon=True)
+        watched = weakref.ref(self), self._woken, self._closing
+        self._watch = threading.Thread(target=_keep_alive, args=watched, name="loopsway-shards", daemon=True)
         try:
             self._start_all()
         except BaseException:
@@ -211,17 +216,13 @@ class RayShards:
             place.is_open, place.failures, place.late = True, 0, []
         place.beat = place.actor.beat.remote()
 
-    def _keep_alive(self) -> None:
-        while True:
-            self._woken.wait(BEAT_S)
-            self._woken.clear()
-            if self._closing.is_set() or not ray.is_initialized():
-                return
-            for place in self._places:
-                if place.actor is not None:
-                    self._hear(place)
-                elif time.monotonic() >= place.next_s:
-                    self._start(place)
+    def look(self) -> None:
+        """Hears of each shard, and starts those again that are lost."""
+        for place in self._places:
+            if place.actor is not None:
+                self._hear(place)
+            elif time.monotonic() >= place.next_s:
+                self._start(place)
 
     def _hear(self, place: _Place) -> None:
         """Notes what has become of a shard since it was last heard of."""
@@ -259,8 +260,6 @@ class RayShards:
         for place in self._places:
             if place.actor is not None:
                 ray.kill(place.actor)
-        if self._ends_cluster:
-            ray.shutdown()
 
 
 class _Shard:
@@ -283,6 +282,18 @@ class _Shard:
 
     def answer(self, method: Method, arguments: tuple[Any, ...], own: dict[str, Any]) -> Any:
         return getattr(self._reader, method)(*arguments, **own)
+
+
+def _keep_alive(watched: weakref.ref[RayShards], woken: threading.Event, closing: threading.Event) -> None:
+    """Looks after shards until they are closed, or nobody holds them any more: then Ray ends their actors."""
+    while True:
+        woken.wait(BEAT_S)
+        woken.clear()
+        shards = watched()
+        if shards is None or closing.is_set() or not ray.is_initialized():
+            return
+        shards.look()
+        del shards
 
 
 def _has_ended(call: Any) -> bool:

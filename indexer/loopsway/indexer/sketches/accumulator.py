@@ -10,9 +10,12 @@ A half has W + longest run floats, so that no run wraps around; `drain` folds th
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from .device_hash import RunStarts
 
 
 class RunAccumulator:
@@ -29,10 +32,16 @@ class RunAccumulator:
         self._width, self._half = width, width + longest
         self._buffer = torch.zeros(batch, 2 * self._half, device=device)
         self._scratch = self._buffer.new_empty(0)
+        self._has_kernel = device.type == "cuda" and find_spec("triton") is not None
 
-    def add(self, starts: Tensor, runs: Tensor, examples: slice = slice(None)) -> None:
-        """Adds these examples' runs [B, N, n], each to its start [N]: a bucket, plus L to subtract the run."""
-        _add_runs(self._buffer[examples], starts, runs)
+    def add(self, starts: RunStarts, runs: Tensor, examples: slice = slice(None)) -> None:
+        """Adds these examples' runs [B, N, n], each to its start: a bucket, plus L to subtract the run."""
+        if self._has_kernel:
+            from .run_kernel import add_runs  # here: only builds of torch for GPUs bring triton
+
+            add_runs(self._buffer[examples], starts, runs)
+        else:
+            _add_runs(self._buffer[examples], starts.starts, runs)
 
     def scratch(self, least: int) -> Tensor:
         """Memory for runs before they are added, kept from one call to the next: fresh pages cost as much as adding."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +38,7 @@ __all__ = ["DeviceHash", "ExactGradients", "GradientSink", "Sketches"]
 TILE_BYTES = 8 << 20
 # Of a product: it stays in the cache until it is added. All rows of few examples multiply faster than few rows of all.
 PRODUCT_BYTES = 4 << 20
+DEVICE_PRODUCT_BYTES = 256 << 20  # on a GPU, which wants large products
 
 
 class GradientSink(Protocol):
@@ -87,7 +87,6 @@ class Sketches:
             )
         self.costs: dict[str, PathCost] = {}
         self._hashes, self._width, self._device = hashes, width, device
-        self._has_kernel = device.type == "cuda" and find_spec("triton") is not None
         self._layer_path: LayerPath = layer_path
         self._scales = {name: scale.reshape(hashes[name].shape) for name, scale in (scales or {}).items()}
         self._values = torch.zeros(batch, num_steps, width, device=device)  # [B, S, W]
@@ -136,16 +135,13 @@ class Sketches:
         (_, tokens, outputs), inputs = left.shape, right.shape[2]
         path = self._layer_path
         if path == "auto":
-            path = choose_path(tokens, outputs, inputs, self._width) if scale is None else "product"
+            # Of thousands of small FFTs a GPU only sees the launches: products took a fraction of their time there.
+            chosen = scale is None and self._device.type == "cpu"
+            path = choose_path(tokens, outputs, inputs, self._width) if chosen else "product"
         if path == "fourier":
             _add_by_fourier(self._values[:, step], left, right, hashed)
             return path, fourier_ns(tokens, outputs, inputs, self._width)
-        if self._has_kernel:
-            from .product_kernel import add_product  # here: only builds of torch for GPUs bring triton
-
-            add_product(self._values[:, step], left, right, hashed, scale)
-        else:
-            _add_by_product(self._runs, left, right, hashed, scale)
+        _add_by_product(self._runs, left, right, hashed, scale)
         return path, product_ns(tokens, outputs, inputs)
 
 
@@ -167,7 +163,7 @@ def _add_dense(runs: RunAccumulator, values: Tensor, start: int, hashed: DeviceH
     for segment, starts in zip(hashed.segments, hashed.starts, strict=True):
         first, last = max(segment.start, begin), min(segment.stop, end)
         if first < last:
-            runs.add(starts[rows] + (first - segment.start), matrices[:, :, first - begin : last - begin])
+            runs.add(starts.part(rows, first - segment.start), matrices[:, :, first - begin : last - begin])
 
 
 def _add_table_rows(
@@ -175,7 +171,7 @@ def _add_table_rows(
 ) -> None:
     values = values * (hashed.column_signs if scale is None else hashed.column_signs * scale[rows])  # [B, T, D]
     for segment, starts in zip(hashed.segments, hashed.starts, strict=True):
-        runs.add_apart(starts[rows], values[:, :, segment])
+        runs.add_apart(starts.starts[rows], values[:, :, segment])
 
 
 def _add_by_product(
@@ -183,7 +179,8 @@ def _add_by_product(
 ) -> None:
     """Multiplies g^T a out for a tile of examples and rows at a time; a layer's [B, O, I] is never held at once."""
     (batch, _, outputs), inputs = left.shape, right.shape[2]
-    scratch = runs.scratch(PRODUCT_BYTES // 4)
+    most = PRODUCT_BYTES if left.device.type == "cpu" else min(DEVICE_PRODUCT_BYTES, 4 * batch * outputs * inputs)
+    scratch = runs.scratch(most // 4)
     tile = min(outputs, max(1, len(scratch) // inputs))  # rows of a tile
     size = max(1, len(scratch) // (tile * inputs))  # examples of a tile
     for first in range(0, batch, size):
@@ -197,7 +194,7 @@ def _add_by_product(
             if scale is not None:
                 product *= scale[rows]
             for segment, row_starts in zip(hashed.segments, hashed.starts, strict=True):
-                runs.add(row_starts[rows], product[:, :, segment], examples)
+                runs.add(row_starts.part(rows), product[:, :, segment], examples)
 
 
 def _add_by_fourier(out: Tensor, left: Tensor, right: Tensor, hashed: DeviceHash) -> None:

@@ -1,0 +1,140 @@
+"""How long each text, and how many of each thing, a request may hold; looked at before anything else is.
+
+The numbers' own ranges are decoding.py's; here is what could make the server work or store without bound.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from loopsway.v1.tensors import MAX_DIMENSIONS
+
+from .errors import InvalidFieldError
+from .settings import Settings
+
+# Of a name, which is one of an index, a checkpoint or a parameter; of a digest in hexadecimal, with room for another.
+NAME, FINGERPRINT = 1024, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What one field may hold: numbers, or names of settings.
+
+    Attributes:
+        length: of a string, in characters, or of bytes. None where the field is neither.
+        count: of a repeated field. None where it is not repeated.
+    """
+
+    length: int | str | None = None
+    count: int | str | None = None
+
+
+_INDEX, _QUERIES, _WHERE = Limit(length=NAME), Limit(count="max_queries"), Limit(length="max_where_characters")
+# Every string, bytes and repeated field of requests, by its full name in the package.
+LIMITS: dict[str, Limit] = {
+    "GetIndexRequest.index": _INDEX,
+    "FindInfluencesRequest.index": _INDEX,
+    "FindInfluencesRequest.queries": _QUERIES,
+    "FindInfluencesRequest.steps": Limit(count="max_steps"),
+    "FindInfluencesRequest.where": _WHERE,
+    "StreamInfluencesRequest.tag": Limit(length=256),
+    "GetTrajectoriesRequest.index": _INDEX,
+    "GetTrajectoriesRequest.queries": _QUERIES,
+    "GetTrajectoriesRequest.example_ids": Limit(length="max_id_characters", count="max_example_ids"),
+    "ScoreExamplesRequest.index": _INDEX,
+    "ScoreExamplesRequest.queries": _QUERIES,
+    "ScoreExamplesRequest.where": _WHERE,
+    "FindNeighborsRequest.index": _INDEX,
+    "FindNeighborsRequest.example_ids": Limit(length="max_id_characters", count="max_queries"),
+    "FindNeighborsRequest.where": _WHERE,
+    "SketchQueriesRequest.index": _INDEX,
+    "SketchQueriesRequest.queries": _QUERIES,
+    "GradientHeader.index": _INDEX,
+    "GradientPiece.checkpoint": Limit(length=NAME),
+    "GradientPiece.parameter": Limit(length=NAME),
+    "GradientEnd.sha256": Limit(length=32),
+    "Query.example_json": Limit(length="max_example_characters"),
+    "Query.example_id": Limit(length="max_id_characters"),
+    "Sketch.fingerprint": Limit(length=FINGERPRINT),
+    "Tensor.shape": Limit(count=MAX_DIMENSIONS),
+    "Tensor.data": Limit(length="max_message_bytes"),
+}
+
+
+def check_limits(message: Message, settings: Settings, field: str = "") -> None:
+    """Refuses a request with a field that holds too much.
+
+    Args:
+        message: the request, or a part of it.
+        settings: the limits that vary.
+        field: where the part is.
+
+    Raises:
+        InvalidFieldError: names the field, its size, and the limit.
+    """
+    for descriptor, limit in _limited(message.DESCRIPTOR):
+        value, where = getattr(message, descriptor.name), f"{field}.{descriptor.name}".removeprefix(".")
+        if not descriptor.is_repeated:
+            _check_one(descriptor, value, limit, message, settings, where)
+            continue
+        most = _number(limit.count if limit else None, settings)
+        if most is not None and len(value) > most:
+            raise InvalidFieldError(f"{len(value)} {descriptor.name}, expected at most {most}", field=where)
+        if descriptor.type not in _NUMBERS:
+            for i, each in enumerate(value):
+                _check_one(descriptor, each, limit, message, settings, f"{where}[{i}]")
+
+
+def json_depth(text: str) -> int:
+    """How many arrays and objects of JSON are open at once, at the most; read without opening any."""
+    depth = deepest = 0
+    for part in _BRACKETS.findall(text):
+        depth += part in ("[", "{")
+        depth -= part in ("]", "}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+# Strings are found whole, an unfinished one up to the end, so that no bracket in them counts.
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+_TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+_NUMBERS = frozenset(range(1, 19)) - {*_TEXT, FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_GROUP}
+
+
+def _check_one(
+    descriptor: FieldDescriptor, value: object, limit: Limit | None, parent: Message, settings: Settings, where: str
+) -> None:
+    if isinstance(value, Message):
+        if descriptor.is_repeated or parent.HasField(descriptor.name):
+            check_limits(value, settings, where)
+        return
+    most = _number(limit.length if limit else None, settings)
+    if isinstance(value, str | bytes) and most is not None and len(value) > most:
+        unit = "characters" if isinstance(value, str) else "bytes"
+        raise InvalidFieldError(f"{where} has {len(value)} {unit}, expected at most {most}", field=where)
+
+
+@cache
+def _limited(message: Descriptor) -> tuple[tuple[FieldDescriptor, Limit | None], ...]:
+    """The fields that can hold much, themselves or within."""
+    return tuple(
+        (field, LIMITS.get(name_of(field)))
+        for field in message.fields
+        if field.is_repeated or field.type not in _NUMBERS
+    )
+
+
+def name_of(field: FieldDescriptor) -> str:
+    """A field's name in `LIMITS`."""
+    message = field.containing_type
+    assert message is not None
+    return f"{message.name}.{field.name}"
+
+
+def _number(limit: int | str | None, settings: Settings) -> int | None:
+    return getattr(settings, limit) if isinstance(limit, str) else limit

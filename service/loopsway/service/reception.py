@@ -1,0 +1,104 @@
+"""Bytes from the network to request messages: what is none, or holds too much, is refused before the servicer sees it.
+
+A stream's messages are checked by the servicer, which can refuse one of them alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from .errors import InvalidFieldError, RequestError
+from .limits import check_limits
+from .refusals import refuse, refuse_as_internal
+from .settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+class Reception(grpc.aio.ServerInterceptor):
+    """Reads every request; without it, gRPC takes bytes that are no message for a fault of the server."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        parse = handler.request_deserializer
+        kind = "_".join(
+            "stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)
+        )
+        inner: Any = getattr(handler, kind)
+        received = self._messages if handler.request_streaming else self._message
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped = (
+            _streaming(inner, parse, received) if inspect.isasyncgenfunction(inner) else _plain(inner, parse, received)
+        )
+        return make(wrapped, response_serializer=handler.response_serializer)
+
+    async def _message(self, data: bytes, parse: Callable[[bytes], Message]) -> Message:
+        message = _parsed(data, parse)
+        check_limits(message, self._settings)
+        return message
+
+    async def _messages(
+        self, stream: AsyncIterator[bytes], parse: Callable[[bytes], Message]
+    ) -> AsyncIterator[Message]:
+        async def each() -> AsyncIterator[Message]:
+            async for data in stream:
+                yield _parsed(data, parse)
+
+        return each()
+
+
+@asynccontextmanager
+async def _refusing(context: Any) -> AsyncIterator[None]:
+    """Refuses what was raised, unless the servicer did: gRPC itself would send an exception's text to the caller."""
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except RequestError as error:
+        await refuse(context, error)
+    except Exception:
+        _log.exception("a request failed")
+        await refuse_as_internal(context)
+
+
+def _plain(inner: Any, parse: Any, received: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+    async def handle(data: Any, context: Any) -> Any:
+        async with _refusing(context):
+            return await inner(await received(data, parse), context)
+
+    return handle
+
+
+def _streaming(inner: Any, parse: Any, received: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+    async def handle(data: Any, context: Any) -> AsyncIterator[Any]:
+        async with _refusing(context):
+            async for response in inner(await received(data, parse), context):
+                yield response
+
+    return handle
+
+
+def _parsed(data: bytes, parse: Callable[[bytes], Message]) -> Message:
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise InvalidFieldError(
+            f"{len(data)} bytes are not the request's message: {error}; is the client of another version?"
+        ) from error

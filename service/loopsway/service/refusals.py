@@ -1,0 +1,88 @@
+"""Refusals as gRPC statuses. The only file that knows status codes.
+
+InvalidFieldError: INVALID_ARGUMENT. UnknownNameError: NOT_FOUND. PreconditionError: FAILED_PRECONDITION.
+QueueFullError and RateError: RESOURCE_EXHAUSTED, UnavailableError: UNAVAILABLE, all with RetryInfo.
+StalledError: DEADLINE_EXCEEDED. UnknownCallerError: UNAUTHENTICATED. ForbiddenError: PERMISSION_DENIED. Anything else
+is ours: INTERNAL, logged, nothing of it in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from .errors import (
+    ForbiddenError,
+    InvalidFieldError,
+    PreconditionError,
+    QueueFullError,
+    RateError,
+    RequestError,
+    StalledError,
+    UnavailableError,
+    UnknownCallerError,
+    UnknownNameError,
+)
+
+_CODES: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidFieldError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownNameError: grpc.StatusCode.NOT_FOUND,
+    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RateError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    StalledError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnknownCallerError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
+}
+# An error travels in HTTP/2 headers, three times and encoded; gRPC drops the whole answer beyond 8 KiB of them.
+MAX_TEXT_BYTES = 1000
+INTERNAL = "internal error; the server's log has the details"
+
+
+def code_of(error: RequestError) -> grpc.StatusCode:
+    return _CODES[type(error)]
+
+
+async def refuse_as_internal(context: Any) -> NoReturn:
+    await _abort(context, grpc.StatusCode.INTERNAL, INTERNAL)
+
+
+async def refuse(context: Any, error: RequestError) -> NoReturn:
+    text = shortened(str(error))
+    details: list[Message] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, QueueFullError | RateError | UnavailableError):
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    code = code_of(error)
+    status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=text, details=_packed(details)))
+    await _abort(context, code, text, status.trailing_metadata)
+
+
+async def _abort(context: Any, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()) -> NoReturn:
+    await context.abort(code, text, trailing_metadata=trailing_metadata)
+    raise AssertionError("abort raises")
+
+
+def _packed(details: Sequence[Message]) -> list[AnyMessage]:
+    packed = [AnyMessage() for _ in details]
+    for message, detail in zip(packed, details, strict=True):
+        message.Pack(detail)
+    return packed
+
+
+def shortened(text: str) -> str:
+    data = text.encode("utf-8", "replace")
+    cut = data[:MAX_TEXT_BYTES].decode("utf-8", "ignore")  # what JSON brought may hold halves of surrogate pairs
+    return cut if len(data) <= MAX_TEXT_BYTES else cut + "..."

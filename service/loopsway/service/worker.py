@@ -1,0 +1,266 @@
+"""The server's side of the model process: starts it, talks to it, and starts it again when it dies.
+
+What was under way in a process that died is unavailable; what waits for the next one goes on there. A process that dies
+again and again is started after ever longer pauses, in which queries for it are refused at once. Searches need none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from loopsway.indexer import LoadError, TaskError
+
+from .errors import UnavailableError
+from .frames import LENGTH, Message, decoded, encoded
+from .settings import Settings
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the second start and the later ones; the first is at once
+END_S = 5.0  # that a process gets to end by itself
+
+_log = logging.getLogger(__name__)
+Reply = tuple[Message, list[np.ndarray]]
+
+
+class ModelWorker:
+    """The model process of one server, started when it is first needed. Use it within one event loop, and stop it.
+
+    Args:
+        settings: the limits.
+        device: a torch device name, for all models.
+
+    Attributes:
+        num_starts: of processes so far.
+    """
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._settings, self._device = settings, device
+        self._loads: dict[str, Message] = {}  # what every process is told to load, by key
+        self._unloaded: dict[str, str] = {}  # keys that a later process could not load again, and why
+        self._life: _Life | None = None
+        self._starting: asyncio.Task[_Life] | None = None
+        self._failures, self._next_start, self._is_stopped = 0, 0.0, False
+        self.num_starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return self._life.process.pid if self._life is not None else None
+
+    @property
+    def loaded(self) -> list[str]:
+        """Keys of what is loaded."""
+        return list(self._loads)
+
+    async def load(self, key: str, facts: Message) -> None:
+        """Loads a task and its models, in this process and in every later one.
+
+        Raises:
+            LoadError: it can't be loaded, or makes other sketches than its index holds.
+            UnavailableError: the process died.
+        """
+        life = await self._alive()
+        self._loads[key] = facts
+        try:
+            await self._load(life, key)
+        except BaseException:
+            self.forget(key)
+            raise
+
+    def forget(self, key: str) -> None:
+        """Frees what was loaded under this key."""
+        self._unloaded.pop(key, None)
+        if self._loads.pop(key, None) is not None and self._life is not None:
+            self._life.tell({"kind": "forget", "key": key})
+
+    async def sketch(self, key: str, items: Sequence[Message]) -> Reply:
+        """Sketches examples of a task together; cancelled, it costs no more than one checkpoint's batch.
+
+        Raises:
+            UnavailableError: the process died, or dies again and again.
+            ValueError: the examples can't be run.
+            TaskError, RuntimeError: the task failed.
+        """
+        life = await self._alive()
+        if key in self._unloaded:
+            raise UnavailableError(self._unloaded[key], retry_after_s=LONGEST_PAUSE_S)
+        reply = await life.request({"kind": "sketch", "key": key, "items": items})
+        self._failures = 0
+        return reply
+
+    async def stop(self) -> None:
+        """Ends the process."""
+        self._is_stopped = True
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        if self._life is not None:
+            await self._life.end()
+            self._life = None
+
+    async def _alive(self) -> _Life:
+        """The process, started if there is none."""
+        if self._life is not None:
+            return self._life
+        pause = self._next_start - time.monotonic()
+        if pause > 0 or self._is_stopped:
+            raise UnavailableError(
+                "the model's process died and is not started again yet", retry_after_s=max(pause, 0.1)
+            )
+        if self._starting is None or self._starting.done():
+            self._starting = asyncio.create_task(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> _Life:
+        life = await _Life.begin(self._device, self._settings.model_bytes)
+        self.num_starts += 1
+        try:
+            for key in list(self._loads):
+                try:
+                    await self._load(life, key)
+                except UnavailableError:
+                    raise
+                except (LoadError, RuntimeError) as error:
+                    self._unloaded[key] = f"the model can't be loaded again: {error}"
+                    _log.error("the model of %s can't be loaded again: %s", key, error)
+        except BaseException as error:
+            await life.end()
+            if not isinstance(error, asyncio.CancelledError):
+                self._plan_next_start()
+            raise
+        self._life = life
+        life.reading.add_done_callback(lambda _: self._on_end(life))
+        return life
+
+    async def _load(self, life: _Life, key: str) -> None:
+        self._unloaded.pop(key, None)
+        facts = self._loads[key] | {"batch_size": self._settings.batch_size}
+        try:
+            await life.request({"kind": "load", "key": key} | facts)
+        except ValueError as error:
+            raise LoadError(str(error)) from error
+
+    def _on_end(self, life: _Life) -> None:
+        """The process died, unless this server ended it."""
+        if self._life is not life or self._is_stopped:
+            return
+        self._life = None
+        _log.error("the model's process %d died; queries under way were answered UNAVAILABLE", life.process.pid)
+        asyncio.create_task(life.end())  # noqa: RUF006  # collects its exit status, whenever
+        self._plan_next_start()
+
+    def _plan_next_start(self) -> None:
+        """It does not wait for a query, so that the next one finds its model loaded."""
+        pause = min(FIRST_PAUSE_S * 2 ** (self._failures - 1), LONGEST_PAUSE_S) if self._failures else 0.0
+        self._failures += 1
+        self._next_start = time.monotonic() + pause
+        asyncio.get_running_loop().call_later(pause, self._restart)
+
+    def _restart(self) -> None:
+        if self._life is None and not self._is_stopped and (self._starting is None or self._starting.done()):
+            self._starting = asyncio.create_task(self._start())
+            self._starting.add_done_callback(_note)
+
+
+class _Life:
+    """One process, from its start to its end.
+
+    Attributes:
+        process: it.
+        reading: done when it has closed its end of the socket, which it does only by ending.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process, self._reader, self._writer = process, reader, writer
+        self._pending: dict[int, asyncio.Future[Reply]] = {}
+        self._ids = count()
+        self.reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def begin(cls, device: str, model_bytes: int | None) -> _Life:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            facts = {"descriptor": theirs.fileno(), "device": device, "model_bytes": model_bytes}
+            # A fresh interpreter, not a fork: what runs threads, as torch and gRPC do, hangs in a forked child.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a task prints is for the log
+            )
+        return cls(process, *await asyncio.open_connection(sock=ours))
+
+    def tell(self, message: Message) -> int:
+        """Sends a message; gives its id."""
+        number = next(self._ids)
+        self._writer.write(encoded(message | {"id": number}))
+        return number
+
+    async def request(self, message: Message) -> Reply:
+        if self.reading.done():
+            raise _died(self.process)
+        number = self.tell(message)
+        future = self._pending[number] = asyncio.get_running_loop().create_future()
+        try:
+            reply, arrays = await future
+        except asyncio.CancelledError:
+            if not self.reading.done():
+                self.tell({"kind": "cancel", "of": number})
+            raise
+        finally:
+            del self._pending[number]
+        match reply.get("error"):
+            case None:
+                return reply, arrays
+            case "invalid":
+                raise ValueError(reply["text"])
+            case "task":
+                raise TaskError(reply["text"])
+            case _:
+                raise RuntimeError(f"in the model's process: {reply['text']}")
+
+    async def end(self) -> None:
+        """Closes the socket, which ends the process, and waits for it."""
+        self._writer.close()
+        try:
+            await asyncio.to_thread(self.process.wait, END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+        await asyncio.wait([self.reading])
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+                reply, arrays = decoded(await self._reader.readexactly(length))
+                future = self._pending.get(reply["id"])
+                if future is not None and not future.done():
+                    future.set_result((reply, arrays))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            for future in self._pending.values():
+                if not future.done():
+                    future.set_exception(_died(self.process))
+
+
+def _died(process: subprocess.Popen[Any]) -> UnavailableError:
+    return UnavailableError(f"the model's process {process.pid} died; it is started again", retry_after_s=1.0)
+
+
+def _note(starting: asyncio.Task[_Life]) -> None:
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        _log.error("the model's process could not be started again: %s", error)

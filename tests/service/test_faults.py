@@ -1,0 +1,124 @@
+"""The model's process may die or run out of memory: what was under way is told so, and the service goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from loopsway.client import Client, ExampleQuery, UnavailableError
+from loopsway.indexer import Checkpoint, Index, load_task
+from loopsway.indexer.sketches.weights import size_of
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.tensors import to_tensor
+from serving import QUERIES, TASK_SPEC, Served, assert_alike, wait_for
+
+
+def example(query: object) -> pb.FindInfluencesRequest:
+    return pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(query))], k=3)
+
+
+def kill(served: Served) -> None:
+    """Kills the model's process as a segmentation fault or the kernel's out-of-memory killer would."""
+    pid = served.server.catalog.worker.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def retry_after_s(call: Any) -> float:
+    status, retry = rpc_status.from_call(call), error_details_pb2.RetryInfo()
+    assert status is not None
+    assert status.details[0].Unpack(retry)
+    return retry.retry_delay.ToMilliseconds() / 1000
+
+
+def test_a_killed_model_process_costs_the_queries_under_way_and_nothing_else(
+    serve: Callable[..., Served], index: Index, sketches: np.ndarray
+) -> None:
+    """Two queries in the model, two that wait for it, and twenty searches meanwhile, which need none."""
+    served = serve(batch_size=2)
+    worker = served.server.catalog.worker
+    alone = [served.stub.FindInfluences(example(query)) for query in QUERIES]
+    served.gate.hold()
+    both = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(query)) for query in QUERIES[:2]], k=3)
+    under_way = served.stub.FindInfluences.future(both)
+    served.gate.wait_until_entered()
+    waiting = [served.stub.FindInfluences.future(example(query)) for query in QUERIES[2:]]
+    wait_for(lambda: served.engine.num_admitted == 3)
+    kill(served)
+    sketch = pb.Query(sketch=pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(sketches[0])))
+    searches = [served.stub.FindInfluences(pb.FindInfluencesRequest(queries=[sketch], k=3)) for _ in range(20)]
+    assert_alike(searches, alone[:1] * 20)
+    assert under_way.code() == grpc.StatusCode.UNAVAILABLE
+    assert "process" in under_way.details()
+    assert retry_after_s(under_way) == 1.0
+    served.gate.open()
+    assert_alike([call.result(60) for call in waiting], alone[2:])
+    assert_alike([served.stub.FindInfluences(both)], [served.stub.FindInfluences(both)])
+    assert worker.num_starts == 2
+    health: Any = health_pb2_grpc.HealthStub(served.channel)
+    assert health.Check(health_pb2.HealthCheckRequest(service="tiny")).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_process_that_dies_again_is_started_after_a_pause(serve: Callable[..., Served]) -> None:
+    served = serve()
+    worker = served.server.catalog.worker
+    for starts in (1, 2):
+        wait_for(lambda: worker.pid is not None)
+        kill(served)
+        wait_for(lambda starts=starts: worker.pid is None or worker.num_starts > starts)
+    with pytest.raises(grpc.RpcError) as caught:
+        served.stub.FindInfluences(example(QUERIES[0]))
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    delay = retry_after_s(caught.value)
+    assert 0 < delay <= 0.5
+    time.sleep(delay)
+    assert served.stub.FindInfluences(example(QUERIES[0])).results
+    assert worker.num_starts == 3
+
+
+def test_a_batch_that_memory_does_not_suffice_for_is_answered_one_by_one(serve: Callable[..., Served]) -> None:
+    served = serve()
+    alone = [served.stub.FindInfluences(example(query)) for query in QUERIES]
+    together = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(query)) for query in QUERIES], k=3)
+    served.gate.suffice_for(2)
+    before = served.gate.num_calls
+    answer = served.stub.FindInfluences(together)
+    parts = [pb.FindInfluencesResponse(results=[result]) for result in answer.results]
+    assert_alike(parts, alone)
+    assert served.gate.num_calls - before == 1 + 4 * 2, "the whole batch at one checkpoint, then each at both"
+
+
+def test_a_query_that_memory_does_not_suffice_for_is_unavailable_until_it_does(serve: Callable[..., Served]) -> None:
+    served = serve(retry_after_s=1.5)
+    served.gate.suffice_for(0)
+    with Client(served.target) as client, pytest.raises(UnavailableError, match=r"too little memory.*again in 1.5 s"):
+        client.find_influences([ExampleQuery(QUERIES[0])])
+    served.gate.suffice_for(8)
+    assert served.stub.FindInfluences(example(QUERIES[0])).results
+    assert served.server.catalog.worker.num_starts == 1, "the process goes on"
+
+
+def test_checkpoints_move_in_and_out_within_the_budget(serve: Callable[..., Served], served: Served) -> None:
+    size = size_of(load_task(TASK_SPEC).model(Checkpoint(name="early", learning_rate=0.1)))
+    cramped = serve(model_bytes=size)
+    requests = [example(query) for query in QUERIES]
+    with ThreadPoolExecutor(4) as clients:
+        assert_alike(list(clients.map(cramped.stub.FindInfluences, requests)),
+                     list(clients.map(served.stub.FindInfluences, requests)))  # fmt: skip
+    before = cramped.gate.num_loads
+    for _ in range(3):
+        cramped.stub.FindInfluences(requests[0])
+    assert cramped.gate.num_loads - before == 3, "the other of the two checkpoints, each time"
+    assert served.gate.num_loads == 2, "both fit into the default budget: none left"

@@ -1,0 +1,157 @@
+"""A new generation takes the old one's place under load, and one that is damaged does not."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from loopsway.indexer import compact_index, delete_examples, prune_index
+from loopsway.service import Settings
+from loopsway.service.catalog import Catalog
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import QUERIES, Served, commanded, wait_for, without_model
+
+EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=48)
+POLL_S = 0.05
+
+
+@pytest.fixture
+def own_index(index_path: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return shutil.copytree(index_path, tmp_path / "tiny.index")
+
+
+def ids(answer: pb.FindInfluencesResponse) -> set[str]:
+    return {each.example_id for side in (answer.results[0].total.proponents, answer.results[0].total.opponents)
+            for each in side}  # fmt: skip
+
+
+def generation(served: Served) -> int:
+    return served.stub.GetIndex(pb.GetIndexRequest()).index.generation
+
+
+def is_serving(served: Served) -> bool:
+    health: Any = health_pb2_grpc.HealthStub(served.channel)
+    status = health.Check(health_pb2.HealthCheckRequest(service="tiny")).status
+    return status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_generations_change_under_load_without_a_failed_request(serve: Callable[..., Served], own_index: Path) -> None:
+    served = serve(path=own_index, reload_poll_s=POLL_S, max_waiting=100)
+    everything = ids(served.stub.FindInfluences(EXAMPLE))
+    assert len(everything) == 48
+    by_id = pb.FindInfluencesRequest(queries=[pb.Query(example_id="tiny-40")], k=48)
+    changed = threading.Event()
+    left = {1: everything, 2: everything - {"tiny-3"}, 3: everything - {"tiny-3"}}
+
+    def client(number: int) -> dict[int, int]:
+        """How many answers came of each generation, each of them right for it."""
+        counts: dict[int, int] = {}
+        with grpc.insecure_channel(served.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = AttributionStub(channel)
+            last = 0
+            while not (changed.is_set() and last > 20):
+                answer = stub.FindInfluences((EXAMPLE, by_id)[number % 2])
+                assert ids(answer) <= left[answer.generation]
+                counts[answer.generation] = counts.get(answer.generation, 0) + 1
+                last += changed.is_set()
+        return counts
+
+    with ThreadPoolExecutor(4) as clients:
+        calls = [clients.submit(client, number) for number in range(4)]
+        try:
+            delete_examples(own_index, ids=["tiny-3"])
+            wait_for(lambda: generation(served) == 2)
+            compact_index(own_index, progress=False)
+            wait_for(lambda: generation(served) == 3)
+        finally:
+            changed.set()
+        counts = [call.result(60) for call in calls]  # raises what a request raised
+    assert all(set(each) >= {1, 3} for each in counts), counts
+    assert served.server.catalog.worker.num_starts == 1
+    prune_index(own_index)
+    old = f"{own_index}/generations/000001"
+    gc.collect()  # what this test itself opened to change the index
+    wait_for(lambda: old not in Path("/proc/self/maps").read_text())
+    wait_for(lambda: len(served.server.catalog.worker.loaded) == 1)
+    assert served.stub.FindInfluences(by_id).results
+
+
+@pytest.mark.parametrize("damage", ["manifest", "missing"])
+def test_a_damaged_generation_is_refused_once_and_the_old_one_goes_on(
+    serve: Callable[..., Served], own_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    served = serve(path=own_index, reload_poll_s=POLL_S)
+    whole = shutil.copytree(own_index, tmp_path / "next.index")
+    delete_examples(whole, ids=["tiny-3"])
+    torn = shutil.copytree(whole, tmp_path / "torn.index")
+    if damage == "manifest":
+        (torn / "manifest.json").write_text((torn / "manifest.json").read_text()[:-40])
+    else:
+        for file in torn.rglob("*deleted*.parquet"):
+            file.unlink()
+    publish(torn, own_index)
+    wait_for(lambda: "is refused" in caplog.text)
+    answers = [served.stub.FindInfluences(EXAMPLE) for _ in range(20)]  # while several polls go by
+    assert all("tiny-3" in ids(answer) for answer in answers)
+    assert is_serving(served)
+    assert generation(served) == 1
+    assert caplog.text.count("is refused") == 1, "it is not tried again before the manifest changes"
+    shutil.rmtree(torn)
+    publish(whole, own_index)
+    if damage == "missing":  # the same manifest, so that it is not looked at again: a later one is
+        delete_examples(own_index, ids=["tiny-4"])
+    wait_for(lambda: generation(served) > 1)
+    assert "tiny-3" not in ids(served.stub.FindInfluences(EXAMPLE))
+
+
+def publish(made: Path, served: Path) -> None:
+    """Brings a generation that was made elsewhere over, its manifest last."""
+    for file in sorted(made.rglob("*"), key=lambda file: file.name == "manifest.json"):
+        if file.is_file():
+            target = served / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(target.name + ".new")
+            shutil.copy(file, partial)
+            partial.replace(target)
+
+
+def test_sighup_points_aliases_elsewhere_and_finds_generations(own_index: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(own_index, tmp_path / "other.index")
+    config = tmp_path / "serve.toml"
+    text = (
+        "port = 0\nreload_poll_s = 0\n"
+        f"indices = [{{path = '{own_index}', model = false}}, {{path = '{other}', name = 'second', model = false}}]\n"
+    )
+    config.write_text(text + "aliases = {live = 'tiny'}\n")
+    with commanded(config) as (child, client):
+        assert client.get_index("live").name == "tiny"
+        assert [index.name for index in client.list_indices()] == ["second", "tiny"]
+        config.write_text(text + "aliases = {live = 'second'}\n")
+        delete_examples(other, ids=["tiny-3"])
+        assert (client.get_index("live").name, client.get_index("second").generation) == ("tiny", 1), "unasked"
+        child.send_signal(signal.SIGHUP)
+        wait_for(lambda: client.get_index("live").name == "second")
+        wait_for(lambda: client.get_index("live").generation == 2)
+        config.write_text(text + "aliases = {live = 'none'}\n")
+        child.send_signal(signal.SIGHUP)
+        wait_for(lambda: "alias live is of index none" in config.with_name("log").read_text())
+        assert client.get_index("live").name == "second"
+
+
+def test_an_alias_that_an_index_has_for_its_name_is_refused(own_index: Path) -> None:
+    indices = (without_model(own_index),)
+    with pytest.raises(ValueError, match="alias tiny is the name of an index itself"):
+        Catalog(Settings(indices=indices, aliases={"tiny": "tiny"}))

@@ -1,0 +1,275 @@
+"""Who may ask what: tokens, scopes, rates, and TLS with real certificates; and no secret in a log or an error."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from loopsway.client import (
+    AsyncClient,
+    AuthenticationError,
+    Client,
+    ExampleQuery,
+    OverloadedError,
+    PermissionDeniedError,
+    Tls,
+    UnavailableError,
+)
+from loopsway.service import Settings, SettingsError, TlsSettings, TokenSettings, check_settings
+from loopsway.service.authentication import SCOPES
+from loopsway.service.tokens import digest, new_token
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import QUERIES, Served, running, without_model
+
+READER, STRANGER, SLOW = new_token(), new_token(), new_token()
+TOKENS = (
+    TokenSettings(name="reader", sha256=digest(READER), read=("tiny",)),
+    TokenSettings(name="stranger", sha256=digest(STRANGER), read=("other",)),
+    TokenSettings(name="slow", sha256=digest(SLOW), read=("*",), requests_per_second=0.5, burst=2),
+)
+
+
+class Files:
+    """A server's certificate in files."""
+
+    def __init__(self, folder: Path, authority: trustme.CA) -> None:
+        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
+        authority.cert_pem.write_to_path(str(self.ca))
+        self.write(authority)
+
+    def write(self, authority: trustme.CA) -> None:
+        leaf = authority.issue_cert("127.0.0.1", "localhost")
+        leaf.cert_chain_pems[0].write_to_path(str(self.cert))
+        leaf.private_key_pem.write_to_path(str(self.key))
+
+    def settings(self, *, client_ca: bool = False) -> TlsSettings:
+        return TlsSettings(certificate=self.cert, key=self.key, client_ca=self.ca if client_ca else None)
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def files(tmp_path: Path, authority: trustme.CA) -> Files:
+    return Files(tmp_path, authority)
+
+
+@pytest.fixture(scope="module")
+def guarded(serve: Callable[..., Served]) -> Served:
+    return serve(tokens=TOKENS)
+
+
+@contextmanager
+def serving(index_path: Path, settings: Settings) -> Iterator[str]:
+    indices = (without_model(index_path),)
+    with running(settings.model_copy(update={"indices": indices})) as (_, port):
+        yield f"127.0.0.1:{port}"
+
+
+def test_every_method_of_the_service_has_a_scope() -> None:
+    (service,) = pb.DESCRIPTOR.services_by_name.values()
+    for method in service.methods:
+        assert SCOPES.get(f"/{service.full_name}/{method.name}") in ("read", "admin"), method.name
+
+
+@pytest.mark.parametrize("token", [None, new_token(), READER[:-1], "x" * 1000])
+def test_without_a_known_token_nothing_is_answered(guarded: Served, token: str | None) -> None:
+    with Client(guarded.target, token=token) as client:
+        for ask in (client.list_indices, client.get_index, lambda: list(client.score_examples([]))):
+            with pytest.raises(AuthenticationError) as caught:
+                ask()
+            assert token is None or token not in str(caught.value)
+
+
+async def test_a_known_token_is_answered_by_both_clients(guarded: Served) -> None:
+    query = ExampleQuery(QUERIES[0])
+    with Client(guarded.target, token=READER) as client:
+        assert [index.name for index in client.list_indices()] == ["tiny"]
+        assert client.find_influences([query], k=1)
+        assert list(client.score_examples([query]))
+    async with AsyncClient(guarded.target, token=READER) as other:
+        assert (await other.get_index()).name == "tiny"
+        assert [chunk async for chunk in other.score_examples([query])]
+
+
+def test_an_index_that_is_not_allowed_is_hidden_and_refused(guarded: Served) -> None:
+    with Client(guarded.target, token=STRANGER) as client:
+        assert client.list_indices() == []
+        for name in ("tiny", "nowhere"):  # which of the two exists can't be told
+            with pytest.raises(PermissionDeniedError, match=f"token stranger has no scope 'read' for index '{name}'"):
+                client.get_index(name)
+
+
+def test_too_many_requests_with_a_token_are_refused_with_when_to_come_back(guarded: Served) -> None:
+    with Client(guarded.target, token=SLOW, overload_retries=0) as client:
+        with suppress(OverloadedError):
+            for _ in range(3):
+                client.get_index()
+        with pytest.raises(OverloadedError, match=r"token slow allows 0\.5 requests a second, 2 at once") as caught:
+            client.get_index()
+        assert caught.value.retry_after_s is not None
+        assert 0 < caught.value.retry_after_s <= 2
+    start = time.monotonic()
+    with Client(guarded.target, token=SLOW) as client:
+        client.get_index()
+    assert time.monotonic() - start > 0.2, "the client waits for as long as the server says"
+
+
+def test_health_is_open_and_reflection_wants_a_token(guarded: Served) -> None:
+    health: Any = health_pb2_grpc.HealthStub(guarded.channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(guarded.channel)
+    requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    with pytest.raises(grpc.RpcError) as caught:
+        list(reflection.ServerReflectionInfo(iter(requests)))
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    metadata = [("authorization", f"Bearer {READER}")]
+    assert list(reflection.ServerReflectionInfo(iter(requests), metadata=metadata))
+
+
+def test_no_secret_is_in_a_log_or_an_error(guarded: Served, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level(logging.DEBUG)
+    wrong, said = new_token(), []
+    for value in (f"Bearer {READER}", f"Bearer {wrong}", f"Basic {wrong}", wrong, f"Bearer {wrong} {wrong}"):
+        for method in ("GetIndex", "FindInfluences"):
+            request = pb.GetIndexRequest() if method == "GetIndex" else pb.FindInfluencesRequest()
+            try:
+                getattr(AttributionStub(guarded.channel), method)(request, metadata=[("authorization", value)])
+            except grpc.RpcError as error:
+                said.append(f"{error!r} {error.details()} {error.trailing_metadata()}")
+    with pytest.raises(ValueError, match="unencrypted") as caught:
+        Client("example.org:50051", token=wrong)
+    said.append(str(caught.value))
+    with pytest.raises(ValueError, match="characters") as caught:
+        Client("127.0.0.1:1", token=f"{wrong} ")
+    said.append(str(caught.value))
+    with pytest.raises(SettingsError) as mistaken:
+        Settings(tokens=[{"name": "a", "sha256": wrong}, {"name": wrong * 2, "sha256": "ab" * 32, "red": wrong}])
+    said.append(str(mistaken.value))
+    text = "\n".join(said) + caplog.text
+    assert len(said) == 12
+    assert "UNAUTHENTICATED" in text
+    for secret in (READER, wrong):
+        assert secret not in text
+        assert secret not in repr(Settings(tokens=TOKENS))
+
+
+def test_over_tls_a_client_that_trusts_the_authority_is_answered(index_path: Path, files: Files) -> None:
+    settings = Settings(port=0, grace_s=0, tls=files.settings(), tokens=TOKENS)
+    with serving(index_path, settings) as target:
+        with Client(target, token=READER, tls=Tls(ca=files.ca)) as client:
+            assert client.get_index().name == "tiny"
+        with Client(target, tls=Tls(ca=files.ca)) as client, pytest.raises(AuthenticationError):
+            client.get_index()
+        for tls in (None, Tls()):  # plaintext, and an authority that is not trusted
+            with Client(target, tls=tls, timeout_s=5) as client, pytest.raises(UnavailableError):
+                client.get_index()
+
+
+def test_mutual_tls_wants_a_certificate_of_the_clients_own(
+    index_path: Path, files: Files, authority: trustme.CA, tmp_path: Path
+) -> None:
+    own, key = tmp_path / "own.pem", tmp_path / "own.key"
+    for issuer in (authority, trustme.CA()):
+        leaf = issuer.issue_cert("client.example")
+        leaf.cert_chain_pems[0].write_to_path(str(own))
+        leaf.private_key_pem.write_to_path(str(key))
+        with ExitStack() as stack:
+            settings = Settings(port=0, grace_s=0, tls=files.settings(client_ca=True))
+            target = stack.enter_context(serving(index_path, settings))
+            client = stack.enter_context(Client(target, tls=Tls(ca=files.ca, cert=own, key=key), timeout_s=5))
+            if issuer is authority:
+                assert client.get_index().name == "tiny"
+            else:
+                with pytest.raises(UnavailableError):
+                    client.get_index()
+            anonymous = stack.enter_context(Client(target, tls=Tls(ca=files.ca), timeout_s=5))
+            with pytest.raises(UnavailableError):
+                anonymous.get_index()
+
+
+def test_a_new_certificate_is_taken_and_a_damaged_one_is_not(
+    index_path: Path, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "next").mkdir()
+    second = trustme.CA()
+    newer = Files(tmp_path / "next", second)
+
+    def answered(ca: Path) -> bool:
+        with Client(target, tls=Tls(ca=ca), timeout_s=5) as client:
+            try:
+                return client.get_index().name == "tiny"
+            except UnavailableError:
+                return False
+
+    with serving(index_path, Settings(port=0, grace_s=0, tls=files.settings())) as target:
+        assert (answered(files.ca), answered(newer.ca)) == (True, False)
+        good = files.cert.read_bytes()
+        for damaged in (b"", b"nonsense", good[: len(good) // 2], newer.cert.read_bytes()):
+            files.cert.write_bytes(damaged)
+            assert answered(files.ca), "the certificate before it stays"
+        assert "the new certificate is not used" in caplog.text
+        files.cert.unlink()
+        assert answered(files.ca)
+        files.write(second)
+        assert (answered(files.ca), answered(newer.ca)) == (False, True)
+
+
+def test_a_check_of_settings_reads_the_certificate(index_path: Path, files: Files) -> None:
+    def check(**settings: Any) -> list[str]:
+        return check_settings(Settings(indices=[str(index_path)], **settings))
+
+    assert any("fits its key" in line for line in check(tls=files.settings()))
+    other = trustme.CA().issue_cert("127.0.0.1")
+    other.private_key_pem.write_to_path(str(files.key))
+    with pytest.raises(SettingsError, match="the key is another certificate's"):
+        check(tls=files.settings())
+    files.key.write_text("nonsense")
+    with pytest.raises(SettingsError, match="they are no PEM of the two"):
+        check(tls=files.settings())
+    files.key.unlink()
+    with pytest.raises(FileNotFoundError):
+        check(tls=files.settings())
+
+
+async def test_others_reach_a_server_only_with_tls_and_tokens_or_certificates(index_path: Path, files: Files) -> None:
+    def check(**settings: Any) -> None:
+        check_settings(Settings(host="0.0.0.0", indices=[str(index_path)], **settings))
+
+    with pytest.raises(SettingsError, match=r"without TLS .* and without tokens"):
+        check()
+    with pytest.raises(SettingsError, match=r"without TLS \(a \[tls\] table .*: add"):
+        check(tokens=TOKENS)
+    with pytest.raises(SettingsError, match="without tokens"):
+        check(tls=files.settings())
+    check(tls=files.settings(), tokens=TOKENS)
+    check(tls=files.settings(client_ca=True))
+    check(insecure_bind=True)
+
+
+def test_a_token_goes_in_plaintext_to_this_machine_alone() -> None:
+    for target in ("127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/tmp/x", "ipv4:127.0.0.1:1"):
+        Client(target, token=READER).close()
+    for target in ("127.evil.example:1", "localhost.example:1", "10.0.0.1:1", "dns:///x:1", "127.0.0.1.example:1"):
+        with pytest.raises(ValueError, match="unencrypted"):
+            Client(target, token=READER)
+
+
+def test_a_token_is_bytes_of_chance() -> None:
+    tokens = {new_token() for _ in range(100)}
+    assert len(tokens) == 100
+    assert {len(token) for token in tokens} == {46}
