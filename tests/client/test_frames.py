@@ -27,6 +27,7 @@ RESULT = InfluenceResult(
     ),
     steps=(Ranking(step=2, proponents=(), opponents=(influencer("c", -1, rank=None, of=2),)),),
     recall=1,
+    coverage=1,
     index="tiny",
     generation=1,
     fingerprint="cafe",
@@ -50,7 +51,7 @@ def test_an_answer_has_a_row_for_each_influencer_of_each_ranking() -> None:
 def test_an_answer_without_influencers_has_its_columns_and_no_row() -> None:
     empty = Ranking(step=None, proponents=(), opponents=())
     frame = InfluenceResult(
-        query=SUMMARY, total=empty, steps=(), recall=1, index="tiny", generation=1, fingerprint="cafe"
+        query=SUMMARY, total=empty, steps=(), recall=1, coverage=1, index="tiny", generation=1, fingerprint="cafe"
     ).to_pandas()
     assert len(frame) == 0
     assert list(frame.columns)[:5] == ["step", "sign", "rank", "example_id", "influence"]
@@ -65,6 +66,7 @@ def test_scores_have_their_ranks_and_add_up_over_chunks() -> None:
             example_ids=("a", "b"),
             influences=values,
             standard_errors=errors,
+            coverage=1,
         )
         for step, rank in ((None, 1), (4, 11))
     ]

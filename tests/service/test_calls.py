@@ -117,9 +117,9 @@ async def test_the_asyncio_client_tries_again_and_has_deadlines_too() -> None:
         assert all(remaining_s is not None and 10 < remaining_s < 22 for _, remaining_s in handler.calls)
 
 
-def test_the_service_config_names_this_service_and_one_code() -> None:
+def test_grpc_tries_again_only_what_reached_no_server_or_a_stopping_one() -> None:
     options = dict(channel_options("127.0.0.1:1", 1 << 20))
     (config,) = json.loads(str(options["grpc.service_config"]))["methodConfig"]
     assert config["name"] == [{"service": SERVICE}]
     assert pb.DESCRIPTOR.services_by_name["Attribution"].full_name == SERVICE
-    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
