@@ -13,11 +13,12 @@ from click.testing import CliRunner
 
 from loopsway.cli.commands import loopsway
 from loopsway.cli.evaluate import SUBJECTS as NAMES
-from loopsway.experiments.evaluation.evaluation import CEILING, DETECTION, REMOVAL, SCORE, SEED_MEAN, Amount
+from loopsway.experiments.evaluation.evaluation import BEYOND, CEILING, DETECTION, REMOVAL, SCORE, SEED_MEAN, Amount
 from loopsway.experiments.evaluation.parity import ParitySubject
-from loopsway.experiments.evaluation.predictors import EXACT, LOSS, RANDOM, TRACIN, predict
+from loopsway.experiments.evaluation.predictors import EXACT, FIRST_STEP, LAST_STEP, LOSS, RANDOM, TRACIN, predict
 from loopsway.experiments.evaluation.retraining import KeptRetraining
 from loopsway.experiments.evaluation.subjects import SUBJECTS, make_subject
+from loopsway.experiments.evaluation.text import DATA_VARIABLE, TextSubject
 from loopsway.experiments.evaluation.training import query_losses, train, train_with_checkpoints
 
 SMALL_RUN = ["--tiny", "--subsets", "4", "--seeds", "2", "--removals", "1"]
@@ -37,9 +38,9 @@ def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path: Path) -> 
     first = CliRunner().invoke(loopsway, command, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert {result["test"] for result in results} == {SCORE, SEED_MEAN, DETECTION, REMOVAL}
+    assert {result["test"] for result in results} == {SCORE, SEED_MEAN, BEYOND, DETECTION, REMOVAL}
     scored = {result["method"] for result in results if result["test"] == SCORE}
-    assert {TRACIN, EXACT, LOSS, RANDOM, CEILING, "query step 0", "same step 1"} <= scored
+    assert {TRACIN, EXACT, LOSS, RANDOM, CEILING, FIRST_STEP, LAST_STEP, "query step 0"} <= scored
     assert pq.read_table(tmp_path / "results.parquet").num_rows == len(results)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     retrained = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
@@ -105,3 +106,26 @@ def test_amounts_and_names_that_say_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no subject 'poems'"):
         make_subject("poems")
     assert tuple(SUBJECTS) == NAMES
+
+
+def test_texts_come_from_the_named_folder_and_else_are_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    assert "sums in words" in TextSubject(tiny=True).name
+    for split, question in {"train": "How many?", "test": "How far?"}.items():
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(json.dumps({"question": question, "answer": "1"}) + "\n")
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    named = TextSubject(tiny=True)
+    assert (named.rows, named.queries, named.name) == (["How many?"], ["How far?"], "text (GSM8K)")
+    (tmp_path / "gsm8k_test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=f"does not exist; set {DATA_VARIABLE}"):
+        TextSubject(tiny=True)
+
+
+def test_a_text_is_trained_on_and_sketched_as_the_reference_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    subject = TextSubject(tiny=True)
+    found = predict(train_with_checkpoints(subject, subject.rows, 0, tmp_path), subject.queries, tmp_path, 0)
+    ours, exact = found.influences[TRACIN], found.influences[EXACT]
+    assert np.linalg.norm(ours - exact) < 0.1 * np.linalg.norm(exact)

@@ -15,6 +15,7 @@ from loopsway.experiments.evaluation.statistics import (
     interval_over_seeds,
     interval_over_subsets,
     rank_correlations,
+    scores_beyond,
 )
 
 ROWS, SUBSETS, QUERIES = 60, 40, 8
@@ -66,6 +67,17 @@ def test_rank_correlations_are_scipys_with_ties_and_zero_of_a_constant() -> None
     expected = [result.statistic for result in results]
     np.testing.assert_allclose(rank_correlations(a, b), expected)
     assert rank_correlations(np.ones((30, 1)), b[:, :1])[0] == 0
+
+
+def test_what_is_beyond_known_influences_is_found_and_a_copy_of_them_has_nothing() -> None:
+    known, subsets, losses = linear_world(0)
+    other = np.random.default_rng(7).standard_normal(known.shape)
+    both = losses - subsets @ other.T
+    assert (scores_beyond(other, known, subsets, both) > 0.8).all()
+    np.testing.assert_allclose(scores_beyond(2 * known, known, subsets, both), 0, atol=1e-9)
+    # Of what is unrelated the coefficient's variance is 1 / (M - 2), as one rank was regressed out.
+    draw = np.random.default_rng(8).standard_normal((QUERIES, ROWS))
+    assert abs(scores_beyond(draw, known, subsets, both).mean()) < 4 / np.sqrt((SUBSETS - 2) * QUERIES)
 
 
 def test_students_interval_covers_the_truth_as_often_as_it_says() -> None:

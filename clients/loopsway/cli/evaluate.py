@@ -13,7 +13,7 @@ from .failure import in_one_line, needs, stoppable
 if TYPE_CHECKING:
     from loopsway.experiments.evaluation.evaluation import Result
 
-SUBJECTS = ("parity",)
+SUBJECTS = ("parity", "text")
 
 
 @click.command(short_help="Test influences by retraining.")
@@ -29,15 +29,16 @@ SUBJECTS = ("parity",)
 )
 @click.option("--tiny", is_flag=True, help="A model that learns nothing, to see that it runs.")
 def evaluate(subject: str, subsets: int, seeds: int, removals: int, out: Path | None, tiny: bool) -> None:
-    r"""Retrains a small looped model and compares what happens with what each method's influences predict.
+    """Retrains a small looped model and compares what happens with what each method's influences predict.
 
-    \b
-    datamodelling score   do they rank the losses of models trained on random halves?
-    detection area        does self-influence find flipped labels?
-    removal               does a query's loss rise without its strongest proponents?
+    Datamodelling score: do they rank the losses of models trained on random halves? Detection area: does self-influence
+    find flipped labels? Removal: does a query's loss rise without its strongest proponents?
 
     Methods: TracIn of the index, in total and at single steps, of the whole model, optimizer-aware, cosine; the
-    reference package with exact gradients; losses; a draw. A run that was stopped goes on where it was.
+    reference package with exact gradients; losses; a draw. bergson, which needs an environment of its own, is left out.
+
+    SUBJECT is parity, or text: GSM8K's questions where LOOPSWAY_GSM8K names their folder, else sums in words. A run
+    that was stopped goes on where it was.
     """
     folder = out or Path("runs/evaluate") / subject
     with in_one_line(), needs("evaluations need their own extra", "experiments,cpu"), stoppable():

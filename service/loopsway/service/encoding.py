@@ -178,7 +178,9 @@ def _facts(answers: Sequence[Influences], index: Index) -> dict[int, pb.Influenc
     )
     return {
         row: pb.Influencer(
-            example_id=example.id, description=example.description, metadata=metadata_struct(example.metadata)
+            example_id=example.id,
+            description=example.description,
+            metadata=metadata_struct(example.metadata) if example.metadata else None,
         )
         for row, example in zip(rows.tolist(), index.examples_in(rows), strict=True)
     }

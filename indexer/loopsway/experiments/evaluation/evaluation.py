@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .predictors import ADAM, COSINE, EXACT, LOSS, RANDOM, TRACIN, WHOLE, Predictions, predict
+from .predictors import ADAM, COSINE, EXACT, FIRST_STEP, LAST_STEP, LOSS, RANDOM, TRACIN, WHOLE, Predictions, predict
 from .retraining import KeptRetraining, Retraining, halves
 from .statistics import (
     Interval,
@@ -20,14 +20,16 @@ from .statistics import (
     interval_over_seeds,
     interval_over_subsets,
     rank_correlations,
+    scores_beyond,
 )
 from .subject import Subject
 from .training import train_with_checkpoints
 
-SCORE, SEED_MEAN, DETECTION, REMOVAL = "datamodelling score", "score of the seeds' mean", "detection area", "removal"
+SCORE, SEED_MEAN, BEYOND = "datamodelling score", "score of the seeds' mean", "score beyond TracIn's"
+DETECTION, REMOVAL = "detection area", "removal"
 CEILING = "another seed's losses"  # as a method: how much of the measured losses is the data's doing
 WRONG_SHARE, REMOVED_SHARE = 0.1, 0.1
-REMOVING = (TRACIN, WHOLE, ADAM, COSINE, EXACT, LOSS, RANDOM)
+REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, EXACT, LOSS, RANDOM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Result:
     """What one test found of one method.
 
     Attributes:
-        test: SCORE, SEED_MEAN, DETECTION or REMOVAL.
+        test: SCORE, SEED_MEAN, BEYOND, DETECTION or REMOVAL.
         method: of `predictors`, or CEILING.
         interval: over seeds; that of SEED_MEAN is over subsets.
         values: one for each seed; none for SEED_MEAN.
@@ -100,6 +102,10 @@ def linear_scores(predictions: list[Predictions], retrain: Retraining, amount: A
         each = [found.influences[method] for found in predictions]
         scores = [datamodelling_scores(a, subsets, b).mean() for a, b in zip(each, losses, strict=True)]
         results.append(_over_seeds(SCORE, method, scores))
+        if method != TRACIN:
+            known = [found.influences[TRACIN] for found in predictions]
+            beyond = [scores_beyond(a, b, subsets, c).mean() for a, b, c in zip(each, known, losses, strict=True)]
+            results.append(_over_seeds(BEYOND, method, beyond))
         mean = interval_over_subsets(np.mean(each, axis=0), subsets, losses.mean(0))
         results.append(Result(test=SEED_MEAN, method=method, interval=mean))
     if len(losses) > 1:

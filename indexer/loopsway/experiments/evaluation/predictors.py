@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from loopsway.indexer.config import Resolve
 from .training import TrainedTask
 
 TRACIN, WHOLE, ADAM, COSINE = "TracIn", "TracIn, whole model", "TracIn, optimizer-aware", "cosine"
+FIRST_STEP, LAST_STEP = "first step with itself", "last step with itself"
 EXACT, LOSS, RANDOM = "step-decomposed-influence, exact", "loss", "random"
+FILE = "predictions.npz"
 WITHOUT_REFERENCE = (
     "step-decomposed-influence is not installed, so it is left out: pip install step-decomposed-influence"
 )
@@ -31,12 +33,29 @@ class Predictions:
     """Of one training.
 
     Attributes:
-        influences: [Q, N] by method; a single step's name ends in its number.
+        influences: [Q, N] by method; of steps too (`is_step`).
         self_influences: [N] by method.
     """
 
     influences: dict[str, np.ndarray] = field(default_factory=dict)
     self_influences: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, file: Path) -> None:
+        parts = {"influences": self.influences, "self_influences": self.self_influences}
+        arrays = {f"{part}/{method}": each for part, found in parts.items() for method, each in found.items()}
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.savez(stream, **cast("Any", arrays))
+        partial.replace(file)
+
+    @classmethod
+    def read(cls, file: Path) -> Predictions:
+        found = cls()
+        with np.load(file) as arrays:
+            for name in arrays.files:
+                part, _, method = name.partition("/")
+                getattr(found, part)[method] = arrays[name]
+        return found
 
 
 def predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) -> Predictions:
@@ -45,9 +64,11 @@ def predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) 
     Args:
         task: the training.
         queries: of the subject.
-        folder: takes the indices; those that it has are used again.
+        folder: takes the indices and what was found, which is used again.
         seed: of what the baseline draws.
     """
+    if (folder / FILE).exists():
+        return Predictions.read(folder / FILE)
     found = Predictions()
     index = _add_index(found, TRACIN, task, queries, folder / "body.index", SketchConfig())
     _add_index(found, WHOLE, task.whole_model(), queries, folder / "whole.index", SketchConfig())
@@ -63,16 +84,19 @@ def predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) 
     draw = np.random.default_rng(seed)
     found.influences[RANDOM] = draw.standard_normal(found.influences[TRACIN].shape)
     found.self_influences[RANDOM] = draw.standard_normal(len(losses))
+    found.write(folder / FILE)
     return found
 
 
-def step_name(resolve: str, step: int) -> str:
+def step_name(resolve: str, step: int, num_steps: int) -> str:
+    if resolve == "same_step" and step in (0, num_steps - 1):
+        return LAST_STEP if step else FIRST_STEP
     return f"{resolve.replace('_', ' ')} {step}"
 
 
 def is_step(name: str) -> bool:
     """Whether the method looks at one step alone."""
-    return name[-1].isdigit()
+    return " step " in name
 
 
 def _add_index(
@@ -91,9 +115,9 @@ def _add_steps(found: Predictions, index: Index, task: TrainedTask, queries: Seq
     for resolve in get_args(Resolve):
         influences = index.scores(sketches, resolve).influences.astype(np.float64)
         for step in range(index.num_steps):
-            found.influences[step_name(resolve, step)] = influences[:, 1 + step]
+            found.influences[step_name(resolve, step, index.num_steps)] = influences[:, 1 + step]
     for step, influences in enumerate(self_influences(index).influences[0, 1:]):
-        found.self_influences[step_name("same_step", step)] = influences.astype(np.float64)
+        found.self_influences[step_name("same_step", step, index.num_steps)] = influences.astype(np.float64)
 
 
 def _sketches(index: Index, task: TrainedTask, queries: Sequence[Any]) -> np.ndarray:

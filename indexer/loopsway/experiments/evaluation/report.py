@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from ..findings import BLUE, GREY, ORANGE, dress
-from .evaluation import DETECTION, REMOVAL, SCORE, SEED_MEAN, Amount, Result
+from .evaluation import BEYOND, DETECTION, REMOVAL, SCORE, SEED_MEAN, Amount, Result
 from .predictors import is_step
 from .subject import Subject
 
@@ -21,6 +21,7 @@ FILES = ("results.json", "results.parquet", "figure.png", "figure.svg")
 AXES = {
     SCORE: "mean rank correlation, interval over seeds",
     SEED_MEAN: "mean rank correlation, interval over subsets",
+    BEYOND: "mean partial rank correlation, interval over seeds",
     DETECTION: "area under the detection curve, interval over seeds",
     REMOVAL: "rise of the query's loss (nats), interval over seeds",
 }
@@ -43,9 +44,11 @@ def write_report(subject: Subject, amount: Amount, results: Sequence[Result], fo
 
 def draw(subject: Subject, results: Sequence[Result]) -> Figure:
     """A panel for each test: the methods, with their intervals; single steps are orange."""
-    figure: Any = Figure(figsize=(13, 7), layout="constrained")
+    figure: Any = Figure(figsize=(16, 8), layout="constrained")
     figure.suptitle(f"{subject.name}: do influences predict retraining?", x=0.01, ha="left")
-    for axes, (test, label) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
+    panels = figure.subplots(2, 3)
+    panels[1, 2].remove()
+    for axes, (test, label) in zip(list(panels.flat)[: len(AXES)], AXES.items(), strict=True):
         mine = [result for result in results if result.test == test]
         for place, result in enumerate(mine):
             interval, colour = result.interval, ORANGE if is_step(result.method) else BLUE

@@ -26,10 +26,14 @@ class Interval:
 
 def rank_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's, of each column: [M, Q] and [M, Q] to [Q]; 0 where one of the two is constant."""
-    a, b = (rankdata(each, axis=0) for each in (a, b))
-    a, b = a - a.mean(0), b - b.mean(0)
-    sizes = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.divide((a * b).sum(0), sizes, out=np.zeros(a.shape[1]), where=sizes > 0)
+    return _correlations(_centred_ranks(a), _centred_ranks(b))
+
+
+def partial_rank_correlations(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Of what is left of the ranks of a and b, each [M, Q], once those of `given`, [M, Q], are regressed out."""
+    a, b, given = _centred_ranks(a), _centred_ranks(b), _centred_ranks(given)
+    size = np.maximum((given**2).sum(0), 1e-30)
+    return _correlations(*(each - given * (each * given).sum(0) / size for each in (a, b)))
 
 
 def datamodelling_scores(influences: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -41,6 +45,11 @@ def datamodelling_scores(influences: np.ndarray, subsets: np.ndarray, losses: np
         losses: [M, Q], of the queries under these models.
     """
     return rank_correlations(subsets @ influences.T, -losses)
+
+
+def scores_beyond(influences: np.ndarray, known: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """What of the losses the influences rank that other influences, `known`, don't: [Q]. Arguments as above."""
+    return partial_rank_correlations(subsets @ influences.T, -losses, subsets @ known.T)
 
 
 def interval_over_subsets(influences: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> Interval:
@@ -78,3 +87,14 @@ def detection_area(scores: np.ndarray, wrong: np.ndarray) -> float:
         raise ValueError("no label is wrong, so there is nothing to detect; flip at least one")
     ranks = rankdata(-scores)  # 1 is inspected first
     return float(1 - (ranks[wrong] - 0.5).mean() / len(scores))
+
+
+def _centred_ranks(values: np.ndarray) -> np.ndarray:
+    ranks = rankdata(values, axis=0)
+    return ranks - ranks.mean(0)
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of centred columns; 0 where one of the two is nothing but rounding."""
+    sizes = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return np.divide((a * b).sum(0), sizes, out=np.zeros(a.shape[1]), where=sizes > 1e-9)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .parity import ParitySubject
 from .subject import Subject
+from .text import TextSubject
 
-SUBJECTS = {"parity": ParitySubject}
+SUBJECTS = {"parity": ParitySubject, "text": TextSubject}
 
 
 def make_subject(name: str, *, tiny: bool = False) -> Subject:
