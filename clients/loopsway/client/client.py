@@ -205,7 +205,7 @@ class Client:
         With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query.
         """
         request = messages.trajectories_request(queries, example_ids, resolve, index)
-        return messages.trajectories(self._call(self._stub.GetTrajectories, request, timeout_s))
+        return messages.trajectories(self._call(self._stub.GetTrajectories, request, timeout_s), request.example_ids)
 
     def list_indices(self, *, timeout_s: float | None = None) -> list[IndexInfo]:
         """Describes every index of the server, by name."""
