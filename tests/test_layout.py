@@ -34,7 +34,10 @@ TOP_LEVEL = {
     "constraints.txt",
     "LICENSE",
 }
-BESIDE_LOOPSWAY = {"protos": {"generate.sh", "buf.yaml"}}
+BESIDE_LOOPSWAY = {
+    "protos": {"generate.sh", "buf.yaml"},
+    **{root: {"README.md"} for root in ("indexer", "service", "clients")},
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import click
 
 from .failure import in_one_line, needs, stoppable
 
-NAMES = ("fig1", "fig2")
+NAMES = ("fig1", "fig2", "fig4")
 
 
 @click.command(short_help="Run an experiment of the paper.")
@@ -27,6 +27,8 @@ def reproduce(name: str, out: Path | None, full: bool, device: str) -> None:
     fig1: a looped transformer that tells parity, loop by loop, on an alternating string.
 
     fig2: a looped transformer that solves Sudoku, with more loops than in training, by difficulty.
+
+    fig4: error of influences against width, ours and the reference's, with the theory.
 
     A training and an index that the folder has already are used again.
     """

@@ -99,7 +99,7 @@ def run(size: str, folder: Path, device: str, progress: bool) -> Findings:
     """Trains, builds an index, and asks it about the probe. Training and index are kept in the folder."""
     setting, run = SETTINGS[size], folder / "parity"
     if not is_trained(run):
-        train(run, seed=SEED, progress=progress, recipe=_recipe(setting))
+        train(run, seed=SEED, progress=progress, recipe=recipe(setting))
     task, config = ParityTask(str(run)), SketchConfig(width=setting.width)
     options = {"batch_size": setting.batch_size, "device": device, "progress": progress}
     index = build_index(task, folder / "parity.index", config, **options)
@@ -157,7 +157,8 @@ class Portrait:
         _, self.groups = kmeans2(path, STATES, minit="++", rng=SEED)
 
 
-def _recipe(setting: Setting) -> Recipe:
+def recipe(setting: Setting) -> Recipe:
+    """How the parity model is trained."""
     sizes = {"max_length": setting.max_length, "num_loops": setting.trained_loops}
     if setting.is_learned:
         return Recipe(**sizes)
