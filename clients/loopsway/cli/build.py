@@ -59,7 +59,7 @@ _SKETCHING = (
 
 @click.command(short_help="Sketch a task's training examples into an index.")
 @hf_options
-@task_options(required=False, help="path/to/file.py:ClassName, package.module:ClassName, or parity.")
+@task_options(required=False, help="path/to/file.py:ClassName, package.module:ClassName, parity or sudoku.")
 @click.option("--out", metavar="PATH", required=True, help="The index to make, such as runs/parity.index.")
 @click.option("--width", default=8192, show_default=True, help="Floats in a sketch, a power of two.")
 @click.option("--bits", default=1, show_default=True, help="Stored bits for each of them: 1, 2, 4, 8, 16 or 32.")

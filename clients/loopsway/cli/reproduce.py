@@ -8,7 +8,7 @@ import click
 
 from .failure import in_one_line, needs, stoppable
 
-NAMES = ("fig1", "fig4")
+NAMES = ("fig1", "fig2", "fig4")
 
 
 @click.command(short_help="Run an experiment of the paper.")
@@ -25,6 +25,8 @@ def reproduce(name: str, out: Path | None, full: bool, device: str) -> None:
     """Runs an experiment of the paper, and writes its data (Parquet), figure (PNG, SVG) and claims (JSON).
 
     fig1: a looped transformer that tells parity, loop by loop, on an alternating string.
+
+    fig2: a looped transformer that solves Sudoku, with more loops than in training, by difficulty.
 
     fig4: error of influences against width, ours and the reference's, with the theory.
 

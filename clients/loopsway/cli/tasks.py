@@ -11,7 +11,7 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-SHORTHANDS = {"parity": "loopsway.tasks.parity:ParityTask"}
+SHORTHANDS = {"parity": "loopsway.tasks.parity:ParityTask", "sudoku": "loopsway.tasks.sudoku:SudokuTask"}
 CAUSAL_LM = "loopsway.tasks.causal_lm:CausalLMTask"
 
 # The options that go with --hf, by the argument of CausalLMTask that each gives.

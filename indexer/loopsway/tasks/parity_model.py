@@ -27,11 +27,11 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * width)
         self.mlp_out = nn.Linear(2 * width, width)
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         hidden = hidden + self._attention(self.attention_norm(hidden), mask)
         return hidden + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(hidden))))
 
-    def _attention(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _attention(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         heads = self.query_key_value(hidden).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, H, D/H]
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
