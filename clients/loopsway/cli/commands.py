@@ -10,6 +10,7 @@ from .demo import demo
 from .energy import energy
 from .explore import explore
 from .export import export
+from .health import health
 from .inspection import inspect
 from .neighbors import neighbors
 from .query import query
@@ -32,6 +33,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, token, query, explore, demo),
+    *(serve, health, token, query, explore, demo),
 ):
     loopsway.add_command(command)
