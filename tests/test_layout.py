@@ -16,6 +16,7 @@ SOURCE_ROOTS = ("indexer", "service", "protos", "clients")
 PACKAGES = (
     "indexer/loopsway/indexer",
     "indexer/loopsway/tasks",
+    "indexer/loopsway/experiments",
     "service/loopsway/service",
     "protos/loopsway/v1",
     "protos/loopsway/wire",

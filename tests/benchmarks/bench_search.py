@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_search.py [--threads 2] [--device cuda] [--smoke]
 
-Rows are Gaussian sketches, coded. Times are of the k = 10 best rows of both signs (FAISS, numpy, torch: of one sign),
-medians of several in turns, milliseconds of the wall: quiet machine needed. The limit of one query is reading the codes
-once, measured in the same turns; that of a batch is torch's float32 product with rows that lie decoded in memory. With
---device, "ours" scans there; what it is compared with stays on the processor.
+Rows are Gaussian sketches, coded; recall is of proponents. Times are of the k = 10 best rows of both signs (FAISS,
+numpy, torch: of one sign), medians of several in turns, milliseconds of the wall: quiet machine needed. The limit of
+one query is reading the codes once, measured in the same turns; that of a batch is torch's float32 product with rows
+that lie decoded in memory. With --device, "ours" scans there; what it is compared with stays on the processor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from loopsway.indexer.store.row_table import ROWS, write_row_table
 K = 10
 BATCHES = (1, 17, 64)  # 17: a query's 16 steps and their total, which QUERY_STEP asks of one slot
 COUNT, GROWTH, SMOKE_COUNT = 100_000, (10_000, 100_000, 400_000), 300
+# Width, bits, whether other exact searches are tried, and inexact ones.
+SLOTS = ((8192, 1, True, False), (4096, 16, False, False), (1024, 16, True, True), (1024, 8, False, False))
+GRAPH_LINKS, GRAPH_EFFORT, NUM_CELLS = 32, 128, 64
 
 
 def stored_slot(folder: Path, count: int, width: int, bits: int, device: str) -> Slot:
@@ -80,23 +84,47 @@ def right_ids(slot: Slot, queries: np.ndarray) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to search.
+
+    Attributes:
+        size: of what it reads, bytes.
+        search: takes queries [M, W].
+        ids: of what that gives, the K best rows of each query.
+    """
+
+    size: int
+    search: Callable[[np.ndarray], Any]
+    ids: Callable[[Any], Any]
+
+
 def compared(
-    folder: Path, count: int, width: int, bits: int, repeats: int, device: str, *, peers: bool
+    folder: Path, count: int, width: int, bits: int, repeats: int, device: str, *, peers: bool, inexact: bool
 ) -> list[list[str]]:
     """One row of the table for each way to search this slot."""
     slot = stored_slot(folder / f"{count}-{width}-{bits}", count, width, bits, device)
     slot.build()
     read, size = read_codes(slot), sum(block.nbytes for block in code_blocks(slot))
-    ways: dict[str, tuple[int, Callable[[np.ndarray], Any]]] = {
-        "ours": (size, lambda queries: slot.search(queries, K)),
-        "ours, exact=False (FAISS)": (size, lambda queries: slot.search(queries, K, effort=1)),
+    ways = {
+        "ours": Way(size, lambda queries: slot.search(queries, K), best_of_answers),
+        "ours, exact=False (FAISS)": Way(size, lambda queries: slot.search(queries, K, effort=1), best_of_answers),
     }
+    rows = np.concatenate(list(slot.blocks()))
     if peers:
-        ways |= peers_of(np.concatenate(list(slot.blocks())))
-    cells = {name: [f"{size / 1e6:,.0f}"] for name, (size, _) in ways.items()}
+        ways |= peers_of(rows)
+    if inexact:
+        ways |= inexact_peers_of(rows)
+    queries = draw(BATCHES[-1], width)
+    best = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :K]
+    cells = {}
+    for name, way in ways.items():
+        found = way.ids(way.search(queries))
+        recall = np.mean([len(np.intersect1d(*each)) / len(each[0]) for each in zip(best, found, strict=True)])
+        cells[name] = [f"{way.size / 1e6:,.0f}", f"{recall:.3f}"]
     for batch in BATCHES:
         queries = draw(batch, width)
-        calls = {name: (lambda run=run, queries=queries: run(queries)) for name, (_, run) in ways.items()}
+        calls = {name: (lambda way=way, queries=queries: way.search(queries)) for name, way in ways.items()}
         seconds = median_seconds({"read": read, **calls}, repeats)
         for name in ways:
             cells[name].append(f"{1e3 * seconds[name]:.1f} ({seconds[name] / seconds['read']:.1f}x)")
@@ -105,7 +133,11 @@ def compared(
     return [[title, name, *own, str(right) if name == "ours" else ""] for name, own in cells.items()]
 
 
-def peers_of(rows: np.ndarray) -> dict[str, tuple[int, Callable[[np.ndarray], Any]]]:
+def best_of_answers(answers: Any) -> list[np.ndarray]:
+    return [rows[:K] for rows, _ in answers]
+
+
+def peers_of(rows: np.ndarray) -> dict[str, Way]:
     flat = faiss.IndexFlatIP(rows.shape[1])
     halves = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     for index in (flat, halves):
@@ -113,15 +145,34 @@ def peers_of(rows: np.ndarray) -> dict[str, tuple[int, Callable[[np.ndarray], An
     tensor = torch.from_numpy(rows)
     short = tensor.bfloat16()
     return {
-        "FAISS flat float32": (rows.nbytes, lambda queries: flat.search(queries, K)),
-        "FAISS SQfp16": (rows.nbytes // 2, lambda queries: halves.search(queries, K)),
-        "numpy sgemm, argpartition": (
-            rows.nbytes, lambda queries: np.argpartition(queries @ rows.T, -K, axis=1)[:, -K:]),
-        "torch float32 matmul, topk": (
-            rows.nbytes, lambda queries: (torch.from_numpy(queries) @ tensor.T).topk(K, 1)),
-        "torch bfloat16 matmul, topk": (
-            rows.nbytes // 2, lambda queries: (torch.from_numpy(queries).bfloat16() @ short.T).topk(K, 1)),
+        "FAISS flat float32": Way(rows.nbytes, lambda queries: flat.search(queries, K), _second),
+        "FAISS SQfp16": Way(rows.nbytes // 2, lambda queries: halves.search(queries, K), _second),
+        "numpy sgemm, argpartition": Way(
+            rows.nbytes, lambda queries: np.argpartition(queries @ rows.T, -K, axis=1)[:, -K:], np.asarray),
+        "torch float32 matmul, topk": Way(
+            rows.nbytes, lambda queries: (torch.from_numpy(queries) @ tensor.T).topk(K, 1), _second),
+        "torch bfloat16 matmul, topk": Way(
+            rows.nbytes // 2, lambda queries: (torch.from_numpy(queries).bfloat16() @ short.T).topk(K, 1), _second),
     }  # fmt: skip
+
+
+def inexact_peers_of(rows: np.ndarray) -> dict[str, Way]:
+    """A graph and cells, of float32 rows, at one setting each; bench_recall.py has the effort that a floor takes."""
+    graph = faiss.index_factory(rows.shape[1], f"HNSW{GRAPH_LINKS},Flat", faiss.METRIC_INNER_PRODUCT)
+    faiss.ParameterSpace().set_index_parameter(graph, "efSearch", GRAPH_EFFORT)
+    cells = faiss.index_factory(rows.shape[1], f"IVF{NUM_CELLS},Flat", faiss.METRIC_INNER_PRODUCT)
+    faiss.ParameterSpace().set_index_parameter(cells, "nprobe", NUM_CELLS // 4)
+    ways = {}
+    for name, index in ((f"FAISS HNSW{GRAPH_LINKS}, efSearch {GRAPH_EFFORT}", graph),
+                        (f"FAISS IVF{NUM_CELLS}, nprobe {NUM_CELLS // 4}", cells)):  # fmt: skip
+        index.train(rows)
+        index.add(rows)
+        ways[name] = Way(rows.nbytes, lambda queries, index=index: index.search(queries, K), _second)
+    return ways
+
+
+def _second(found: Any) -> np.ndarray:
+    return np.asarray(found[1])
 
 
 def main() -> None:
@@ -132,17 +183,27 @@ def main() -> None:
     count, growth, repeats = COUNT, GROWTH, arguments.repeats
     if arguments.smoke:
         count, growth = SMOKE_COUNT, (SMOKE_COUNT,)
-    header = ["rows", "search", "MB", *(f"{batch} queries, ms (x one read)" for batch in BATCHES), "ids right"]
+    header = [
+        "rows",
+        "search",
+        "MB",
+        f"recall@{K}",
+        *(f"{batch} queries, ms (x one read)" for batch in BATCHES),
+        "ids right",
+    ]
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for width, bits, peers in ((8192, 1, True), (4096, 16, False), (1024, 16, True), (1024, 8, False)):
+        for width, bits, peers, inexact in SLOTS:
             width //= 8 if arguments.smoke else 1
-            rows += compared(Path(folder), count, width, bits, repeats, arguments.device, peers=peers)
+            asked = (count, width, bits, repeats, arguments.device)
+            rows += compared(Path(folder), *asked, peers=peers, inexact=inexact)
         print(markdown_table(header, rows), flush=True)
         grown = [
             row
             for size in growth
-            for row in compared(Path(folder) / "g", size, 1024, 1, repeats, arguments.device, peers=False)
+            for row in compared(
+                Path(folder) / "g", size, 1024, 1, repeats, arguments.device, peers=size <= COUNT, inexact=False
+            )
         ]
         print("\n" + markdown_table(header, grown), flush=True)
 

@@ -29,6 +29,7 @@ ROWS = {
     "bench_search.py": [
         "| 300 x 1,024, 1 bits | ours |",
         *("| 300 x 512, 16 bits | ours |", "| 300 x 128, 8 bits | ours |", "| FAISS SQfp16 |"),
+        *("| FAISS HNSW32, efSearch 128 |", "| FAISS IVF64, nprobe 16 |"),
     ],
     "bench_curation.py": [
         *(f"| 300 x 256, 1 bit | {job}" for job in ("mean of 20 queries", "each of 20 queries, top 0.1%")),

@@ -14,6 +14,7 @@ from .health import health
 from .inspection import inspect
 from .neighbors import neighbors
 from .query import query
+from .reproduce import reproduce
 from .score import score
 from .serve import serve
 from .token import token
@@ -33,6 +34,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, health, token, query, explore, demo),
+    *(serve, health, token, query, explore, demo, reproduce),
 ):
     loopsway.add_command(command)

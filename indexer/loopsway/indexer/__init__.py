@@ -17,8 +17,9 @@ from .curation.neighbors import Neighbors, find_neighbors
 from .curation.query_set import ExampleQueries, QuerySet, SketchedQueries
 from .curation.scoring import score_examples
 from .curation.self_influence import score_self_influence, self_influences
+from .search.contents import UnknownExampleError
 from .search.filters import FilterError
-from .search.index import Index, UnknownExampleError, open_index
+from .search.index import Index, open_index
 from .search.model import LoadError, allowed_task, load_sketcher
 from .search.ranking import Example, Influencers, Ranked, Ranking, Scores
 from .sketches.features import ExampleSketcher

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from safetensors.numpy import save_file
 
-from ..search.index import EXAMPLES, Index, open_index
+from ..search.contents import EXAMPLES
+from ..search.index import Index, open_index
 from ..store.addresses import open_folder
 from ..store.files import json_bytes
 from ..store.folders import Folder, clear_storage_errors

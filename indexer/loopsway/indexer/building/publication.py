@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..config import Approximation
 from ..progress import BuildProgress
-from ..search.index import EXAMPLES, RECALL, SKIPPED
+from ..search.contents import EXAMPLES, RECALL, SKIPPED
 from ..search.slot import open_slots
 from ..stopping import Stop
 from ..store.files import json_bytes

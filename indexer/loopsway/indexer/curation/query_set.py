@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..gradients.losses import NonFiniteError
-from ..search.index import Index, UnknownExampleError
+from ..search.contents import UnknownExampleError
+from ..search.index import Index
 from ..search.queries import checked_sketches
 from ..sketches.features import ExampleSketcher
 from ..store.files import bytes_digest
