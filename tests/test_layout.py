@@ -34,8 +34,12 @@ TOP_LEVEL = {
     "constraints.txt",
     "LICENSE",
 }
-# What runs the service is no Python, and stays out of the wheel.
-BESIDE_LOOPSWAY = {"protos": {"generate.sh", "buf.yaml"}, "service": {"deployment"}}
+BESIDE_LOOPSWAY = {
+    "protos": {"generate.sh", "buf.yaml"},
+    "indexer": {"README.md"},
+    "service": {"README.md", "deployment"},  # what runs the service is no Python, and stays out of the wheel
+    "clients": {"README.md"},
+}
 
 
 def is_source(path: Path) -> bool:

@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,29 @@ class GPTTask(Task):
             self.losses(self._model, batch).mean().backward()
             optimizer.step()
         optimizer.zero_grad()
+
+
+class ServedGPT(GPTTask):
+    """The same on made-up sums, as a server or a build names it.
+
+    Args:
+        dim: of the model.
+        count: examples.
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__(Shape(dim=dim), synthetic_texts(count), training_steps=3)
+
+    def example_from_json(self, obj: Any) -> str:
+        if not isinstance(obj, dict) or not isinstance(obj.get("text"), str):
+            raise ValueError(f"expected an object with a text, this is a {type(obj).__name__}")
+        return obj["text"]
+
+    def example_id(self, row: int) -> str:
+        return f"sum-{row}"
+
+    def describe(self, row: int) -> str:
+        return self._texts[row]
 
 
 def gsm8k_folder() -> Path | None:

@@ -57,6 +57,12 @@ ROWS = {
         "| (a) looped GPT, d=32, T=16, 2 steps, batch 4 | bfloat16 |",
         "| 300 x 64, 1 bits |",
     ],
+    "bench_service.py": [
+        *(f"| {query}, the {who} |" for query in ("a sketch", "an example") for who in ("engine", "service")),
+        *(f"| engine, batches of {size} |" for size in (1, 16, 32)),
+        *(f"| service, {callers} callers |" for callers in (1, 4, 16)),
+        *(f"| {share} x |" for share in ("0.5", "1", "2")),
+    ],
     "bench_planner.py": ["| MULTIPLY_ADD_NS |", "| SCATTER_NS |", "| FFT_NS |", "| 4 x 16 x 8 | 256 |"],
 }
 

@@ -20,17 +20,29 @@ LOG_LINES = 5
 
 
 @contextmanager
-def running_server(indices: Sequence[str], folder: Path) -> Generator[int]:
+def running_server(indices: Sequence[str], folder: Path, options: Sequence[str] = ()) -> Generator[int]:
     """Serves the indices on a free port of this machine, which it yields once the server answers.
 
     Args:
         indices: paths.
         folder: takes the server's log, `serve.log`.
+        options: more of the command's.
     """
     ready, log = folder / "serve.ready", folder / "serve.log"
     ready.unlink(missing_ok=True)
-    options = [part for path in indices for part in ("--index", path)]
-    command = [sys.executable, "-m", "loopsway.cli", "serve", *options, "--port", "0", "--ready-file", str(ready)]
+    named = [part for path in indices for part in ("--index", path)]
+    command = [
+        sys.executable,
+        "-m",
+        "loopsway.cli",
+        "serve",
+        *named,
+        *options,
+        "--port",
+        "0",
+        "--ready-file",
+        str(ready),
+    ]
     # Killed by SIGTERM, this process would leave the server behind: as an exit, it passes through `finally`.
     previous = signal.signal(signal.SIGTERM, _leave)
     try:

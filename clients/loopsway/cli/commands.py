@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench import bench
 from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
@@ -34,6 +35,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, health, token, query, explore, demo, reproduce),
+    *(serve, health, token, query, bench, explore, demo, reproduce),
 ):
     loopsway.add_command(command)

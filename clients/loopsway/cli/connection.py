@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import grpc
 
     from loopsway.client import AsyncClient, Client, Tls
+    from loopsway.client.load import Load
 
 _Client = TypeVar("_Client")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,7 +24,11 @@ TOKEN_VARIABLE = "LOOPSWAY_TOKEN"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OPTIONS = (
     click.option(
-        "--server", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server to ask."
+        *("--server", "--target"),
+        default="127.0.0.1:50051",
+        show_default=True,
+        metavar="HOST:PORT",
+        help="The server to ask.",
     ),
     click.option(
         "--token-file", type=_FILE, metavar="FILE", help=f"Holds the token to show.  [default: ${TOKEN_VARIABLE}]"
@@ -57,6 +62,12 @@ class Connection:
         from loopsway.client import AsyncClient
 
         return self._made(AsyncClient, timeout_s)
+
+    def load(self, timeout_s: float) -> Load:
+        """As `async_client`, to measure with."""
+        from loopsway.client.load import Load
+
+        return self._made(Load, timeout_s)
 
     def channel(self) -> grpc.Channel:
         """A channel to the server that shows no token, for what is asked without one."""

@@ -155,25 +155,27 @@ def _asked(
     if (sketch is None) != (fingerprint is None):
         raise click.UsageError("--sketch and --fingerprint go together: only sketches of one construction compare")
     if example is not None:
-        return ExampleQuery(_json(example)), example
+        return ExampleQuery(json_value(example, "--example")), example
     if example_id is not None:
         return IdQuery(example_id), f"training example {example_id}"
     assert sketch is not None
     assert fingerprint is not None
-    return SketchQuery(_array(sketch), fingerprint), sketch.name
+    return SketchQuery(npy_array(sketch, "--sketch"), fingerprint), sketch.name
 
 
-def _json(text: str) -> Any:
+def json_value(text: str, where: str) -> Any:
+    """What the JSON stands for; a usage error names `where` it is."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise click.UsageError(f"--example {text!r} is not JSON ({error}); quote it for the shell: '...'") from error
+        raise click.UsageError(f"{where} {text!r} is not JSON ({error}); quote it for the shell: '...'") from error
 
 
-def _array(path: Path) -> Any:
+def npy_array(path: Path, where: str) -> Any:
+    """The array in a .npy file; a usage error names `where` it is given."""
     import numpy as np
 
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise click.UsageError(f"--sketch {path} is not a .npy file of numbers: {error}") from error
+        raise click.UsageError(f"{where} {path} is not a .npy file of numbers: {error}") from error

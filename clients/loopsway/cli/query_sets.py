@@ -37,9 +37,7 @@ def query_set_options(command: Command) -> Command:
     def with_queries(**options: Any) -> Any:
         asked = {name: options.pop(name) for name in _NAMES}
         if (asked["sketches"] is None) != (asked["fingerprint"] is None):
-            raise click.UsageError(
-                "--sketches and --fingerprint go together: only sketches of one construction compare"
-            )
+            raise click.UsageError(TOGETHER)
         return command(asked=asked, **options)
 
     decorated: Any = with_queries

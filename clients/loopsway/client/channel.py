@@ -35,11 +35,11 @@ _SERVICE_CONFIG = {
 }
 
 
-def channel_options(target: str, max_message_bytes: int) -> list[tuple[str, str | int]]:
+def channel_options(target: str, max_message_bytes: int, *, retries: bool = True) -> list[tuple[str, str | int]]:
     """The options of a channel to `target` that accepts responses of up to `max_message_bytes`."""
     options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", 1),
+        *([("grpc.service_config", json.dumps(_SERVICE_CONFIG))] if retries else []),
+        ("grpc.enable_retries", int(retries)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         # A request larger than this buffer would not be retried; 256 KiB, gRPC's default, is a few sketches.

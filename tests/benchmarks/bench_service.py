@@ -1,0 +1,288 @@
+"""What the service adds to its engine, how much it answers, and what it does under more than it can answer.
+
+    python tests/benchmarks/bench_service.py [--minutes 10] [--smoke]
+
+The service is `loopsway serve` in a process of its own. The engine is the service's own, in this process, with a model
+process of its own, and is asked in turns with the service, so that other work on the machine slows both down. Times
+are of the wall. Calls are those of the client's load, whose answers are parsed as messages. Under the mixed load, half
+of the calls are examples and half sketches. An accepted request waits behind at most so many others as the queue
+admits: what the queue promises is that many times the time of the slower kind, examples, at capacity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from looped_gpt import ServedGPT, synthetic_texts
+from measurement import markdown_table, parse_arguments
+
+from loopsway.cli.bench import quantiles_ms
+from loopsway.client import ExampleQuery, SketchQuery
+from loopsway.client.load import OK, Load, Measurement, load_request
+from loopsway.indexer import Index, SketchConfig, build_index
+from loopsway.service import Engine, IndexSettings, Settings
+from loopsway.service import queries as engine_queries
+from loopsway.service.loading import load_engine
+from loopsway.service.worker import ModelWorker
+from loopsway.v1 import attribution_pb2 as pb
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+
+TASK = f"{Path(__file__).with_name('looped_gpt.py')}:ServedGPT"
+K = 10
+NUM_QUERIES, ENGINE_BATCHES, CALLERS, LOADS = 64, (1, 16, 32), (1, 4, 16), (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How long and how often things are measured.
+
+    Attributes:
+        dim: of the model.
+        examples: in the index.
+        calls: of each timing of single calls.
+        seconds: of each load.
+    """
+
+    dim: int = 64
+    examples: int = 2000
+    calls: int = 400
+    seconds: float = 5.0
+
+
+SMOKE = Scale(dim=32, examples=40, calls=5, seconds=0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A server and an engine of one index, and what both are asked.
+
+    Attributes:
+        pid: of the server.
+        examples: as the engine and as the client ask about them.
+        sketches: the same queries, sketched before.
+    """
+
+    target: str
+    pid: int
+    engine: Engine
+    load: Load
+    stub: AttributionStub
+    health: Any
+    examples: list[engine_queries.Query]
+    sketches: list[engine_queries.Query]
+    requests: Mapping[str, list[pb.FindInfluencesRequest]]
+
+
+@contextmanager
+def serving(index: Path, arguments: Mapping[str, int], folder: Path) -> Iterator[tuple[str, int]]:
+    """`loopsway serve` in a process of its own: its address and process id."""
+    ready, log = folder / "ready", folder / "log"
+    given = [part for name, value in arguments.items() for part in ("--task-arg", f"{name}={value}")]
+    command = [sys.executable, "-m", "loopsway.cli", "serve", "--index", index, "--task", TASK, *given]
+    options = ["--port", "0", "--ready-file", ready]
+    with log.open("wb") as output, subprocess.Popen([*command, *options], stdout=output, stderr=output) as child:
+        try:
+            while not ready.exists():
+                if child.poll() is not None:
+                    raise RuntimeError(log.read_text())
+                time.sleep(0.05)
+            yield f"127.0.0.1:{json.loads(ready.read_text())['port']}", child.pid
+        finally:
+            child.terminate()
+            child.wait(60)
+
+
+@asynccontextmanager
+async def subject(index: Index, arguments: Mapping[str, int], target: str, pid: int) -> AsyncIterator[Subject]:
+    settings = Settings()
+    asked = IndexSettings(path=str(index.path), task=TASK, task_arguments=dict(arguments))
+    worker, engine = ModelWorker(settings, "cpu"), load_engine(asked, settings)
+    await engine.warm_up(worker)
+    texts = synthetic_texts(NUM_QUERIES)
+    examples: list[engine_queries.Query] = [
+        engine_queries.ExampleQuery(obj={"text": text}, field="queries") for text in texts
+    ]
+    sketched = [each.sketch for each in await engine.sketches(examples)]
+    requests = {
+        "example": [load_request(ExampleQuery({"text": text}), k=K) for text in texts],
+        "sketch": [load_request(SketchQuery(sketch, index.fingerprint), k=K) for sketch in sketched],
+    }
+    async with Load(target, timeout_s=120) as load, grpc.aio.insecure_channel(target) as channel:
+        yield Subject(
+            target=target,
+            pid=pid,
+            engine=engine,
+            load=load,
+            stub=AttributionStub(channel),
+            health=health_pb2_grpc.HealthStub(channel),
+            examples=examples,
+            sketches=[engine_queries.SketchQuery(values=sketch) for sketch in sketched],
+            requests=requests,
+        )
+    await worker.stop()
+    engine.close()
+
+
+def ask_engine(engine: Engine, queries: Sequence[engine_queries.Query]) -> Awaitable[Any]:
+    return engine.find_influences(queries, k=K, resolve="query_step", steps=None, where=None)
+
+
+async def overhead(about: Subject, scale: Scale) -> None:
+    """Single calls, one at a time, in turns. The 5th percentile is what they take when nothing else runs."""
+    calls: dict[str, Callable[[int], Any]] = {
+        "a health check, gRPC alone": lambda _: about.health.Check(health_pb2.HealthCheckRequest()),
+        "a sketch, the engine": lambda i: ask_engine(about.engine, [about.sketches[i]]),
+        "a sketch, the service": lambda i: about.stub.FindInfluences(about.requests["sketch"][i]),
+        "an example, the engine": lambda i: ask_engine(about.engine, [about.examples[i]]),
+        "an example, the service": lambda i: about.stub.FindInfluences(about.requests["example"][i]),
+    }
+    durations: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(scale.calls + 5):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            await call(turn % NUM_QUERIES)
+            if turn >= 5:
+                durations[name].append(time.perf_counter() - begin)
+    rows = []
+    for name, times in durations.items():
+        engine, added = durations.get(name.replace("service", "engine")), ["", ""]
+        if "service" in name and engine:
+            added = [f"{1e3 * float(np.percentile(times, q) - np.percentile(engine, q)):.2f}" for q in (5, 50)]
+        rows.append([name, *(f"{1e3 * float(np.percentile(times, q)):.2f}" for q in (5, 50, 95, 99)), *added])
+    header = ["one at a time", "p5, ms", "p50, ms", "p95, ms", "p99, ms", "added at p5, ms", "added at p50, ms"]
+    print(markdown_table(header, rows), flush=True)
+
+
+async def throughput(about: Subject, scale: Scale, turns: int) -> float:
+    """Example queries a second, of the engine in batches and of the service's callers; gives the service's most."""
+    rates: dict[str, list[float]] = {}
+    for _ in range(turns):
+        for size in ENGINE_BATCHES:
+            rates.setdefault(f"engine, batches of {size}", []).append(await _batched(about, size, scale.seconds))
+        for callers in CALLERS:
+            measured = await about.load.closed(
+                {"example": about.requests["example"]}, callers, seconds=scale.seconds, warm_up_s=scale.seconds / 5
+            )
+            rates.setdefault(f"service, {callers} callers", []).append(measured.throughput)
+    most = max(statistics.median(each) for name, each in rates.items() if name.startswith("engine"))
+    rows = [
+        [name, f"{statistics.median(each):.1f}", f"{statistics.median(each) / most:.2f}"]
+        for name, each in rates.items()
+    ]
+    print(markdown_table(["example queries", "a second", "/ the engine's most"], rows), flush=True)
+    return statistics.median(rates[f"service, {CALLERS[-1]} callers"])
+
+
+async def _batched(about: Subject, size: int, seconds: float) -> float:
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        start = count % NUM_QUERIES
+        await ask_engine(about.engine, [about.examples[(start + i) % NUM_QUERIES] for i in range(size)])
+        count += size
+    return count / (time.perf_counter() - begin)
+
+
+async def loads(about: Subject, scale: Scale, examples_a_second: float) -> float:
+    """The mixed load at random times, at shares of capacity; gives the capacity."""
+    capacity = (await about.load.closed(about.requests, CALLERS[-1], seconds=scale.seconds, warm_up_s=1)).throughput
+    promise = (Settings().max_waiting + 1) / examples_a_second
+    print(f"\ncapacity for the mix: {capacity:.1f} a second; the queue's promise: {promise:.2f} s\n", flush=True)
+    rows = []
+    for share in LOADS:
+        before = anonymous_mib(about.pid)
+        measured = await about.load.open(about.requests, share * capacity, seconds=scale.seconds, warm_up_s=1)
+        rows.append([f"{share:g} x", *_row(measured, promise), f"{anonymous_mib(about.pid) - before:+.0f}"])
+    print(markdown_table(["load", *COLUMNS, "MiB more"], rows), flush=True)
+    return capacity
+
+
+COLUMNS = ("calls", "without status", "answered a second", "refused", "other", "p50, ms", "p95, ms", "p99, ms",
+           "p99 / promise", "sent late, ms")  # fmt: skip
+
+
+def _row(measured: Measurement, promise_s: float) -> list[str]:
+    codes, answered = measured.codes, measured.durations_of()
+    refused = codes.get("RESOURCE_EXHAUSTED", 0)
+    lost = measured.num_calls - sum(codes.values())
+    others = {code: count for code, count in codes.items() if code not in (OK, "RESOURCE_EXHAUSTED")}
+    return [
+        f"{measured.num_calls:,}",
+        str(lost),
+        f"{measured.throughput:.1f}",
+        f"{refused / max(1, measured.num_calls):.0%}",
+        json.dumps(others) if others else "0",
+        *_times(answered, ("p50", "p95", "p99")),
+        f"{quantiles_ms(answered).get('p99', 0.0) / 1e3 / promise_s:.2f}",
+        f"{1e3 * measured.lag_s:.0f}",
+    ]
+
+
+async def overload(about: Subject, capacity: float, examples_a_second: float, minutes: float) -> None:
+    """Twice the capacity for so many minutes, a row for each."""
+    promise, rows, first = (Settings().max_waiting + 1) / examples_a_second, [], anonymous_mib(about.pid)
+    spans = [60.0] * int(minutes) + [60 * (minutes % 1)] * (minutes % 1 > 0)
+    for number, seconds in enumerate(spans, 1):
+        measured = await about.load.open(about.requests, 2 * capacity, seconds=seconds)
+        rows.append([str(number), *_row(measured, promise), f"{anonymous_mib(about.pid) - first:+.0f}"])
+    print(markdown_table(["minute at 2 x", *COLUMNS, "MiB more than at first"], rows), flush=True)
+
+
+def _times(durations_s: Sequence[float], names: Sequence[str]) -> list[str]:
+    found = quantiles_ms(durations_s)
+    return [f"{found[name]:.2f}" if found else "" for name in names]
+
+
+def anonymous_mib(pid: int) -> float:
+    """Memory of a process and its children that no file backs."""
+    family = [pid, *(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    lines = [line for each in family for line in Path(f"/proc/{each}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+async def measure(index: Index, arguments: Mapping[str, int], target: str, pid: int, scale: Scale, given: Any) -> None:
+    async with subject(index, arguments, target, pid) as about:
+        await overhead(about, scale)
+        print()
+        examples_a_second = await throughput(about, scale, max(1, given.repeats // 2))
+        capacity = await loads(about, scale, examples_a_second)
+        if given.minutes:
+            print()
+            await overload(about, capacity, examples_a_second, given.minutes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=0, help="of twice the capacity (default: none)")
+    given = parse_arguments(parser)
+    scale = SMOKE if given.smoke else Scale()
+    arguments = {"dim": scale.dim, "count": scale.examples}
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "gpt.index")
+        index = build_index(
+            ServedGPT(**arguments), path, SketchConfig(width=8192, bits=1), task_spec=TASK, task_arguments=arguments,
+            progress=False,
+        )  # fmt: skip
+        with serving(path, arguments, Path(folder)) as (target, pid):
+            asyncio.run(measure(index, arguments, target, pid, scale, given))
+
+
+if __name__ == "__main__":
+    main()
