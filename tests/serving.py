@@ -1,8 +1,11 @@
-"""Real servers of a small index, in a thread of the test's own process."""
+"""Real servers of a small index, in a thread of the test's own process or in one of their own."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 
+from loopsway.client import Client
 from loopsway.indexer import SketchConfig
 from loopsway.service import Engine, IndexSettings, Server, Settings, create_server
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
@@ -134,6 +138,33 @@ def running(settings: Settings, tracer_provider: Any = None) -> Iterator[tuple[S
             loop.call_soon_threadsafe(stopping.set)
         thread.join(60)
         assert not thread.is_alive()
+
+
+@contextmanager
+def commanded(config: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
+    """`loopsway serve` with a settings file, and a client of it."""
+    ready, log = config.with_name("ready.json"), config.with_name("log")
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "loopsway.cli",
+        "serve",
+        "--config",
+        str(config),
+        "--ready-file",
+        str(ready),
+    ]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as child:
+        try:
+            wait_for(lambda: ready.exists() or child.poll() is not None, 90)
+            assert child.poll() is None, log.read_text()
+            with Client(f"127.0.0.1:{json.loads(ready.read_text())['port']}") as client:
+                yield child, client
+        finally:
+            child.terminate()
+            assert child.wait(60) == 0, log.read_text()
 
 
 def asked_for(path: Path, gate: Gate | None = None, task: str = TASK_SPEC) -> IndexSettings:

@@ -91,10 +91,10 @@ def explored(explore: Callable[..., Explored]) -> Explored:
 
 
 def chromium() -> str:
-    """Where chromium is. Where it must be (LOOPSWAY_NEEDS_CHROMIUM, as in CI), its absence is a failure."""
+    """Where chromium is. Where it must be (NEEDS_CHROMIUM, as in CI), its absence is a failure."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None and os.environ.get("LOOPSWAY_NEEDS_CHROMIUM"):
-        pytest.fail("there is no chromium, and LOOPSWAY_NEEDS_CHROMIUM is set; apt-get install chromium")
+    if found is None and os.environ.get("NEEDS_CHROMIUM"):
+        pytest.fail("there is no chromium, and NEEDS_CHROMIUM is set; apt-get install chromium")
     if found is None:
         pytest.skip("there is no chromium; apt-get install chromium")
     return found

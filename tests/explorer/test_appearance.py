@@ -58,7 +58,7 @@ def test_without_a_chromium_these_tests_are_skipped_and_in_ci_they_fail(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, needed: str, outcome: type[BaseException]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("LOOPSWAY_NEEDS_CHROMIUM", needed)
+    monkeypatch.setenv("NEEDS_CHROMIUM", needed)
     with pytest.raises(outcome, match="apt-get install chromium"):
         chromium()
 

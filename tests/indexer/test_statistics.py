@@ -147,6 +147,7 @@ class StoredRows:
 
     def __init__(self, index: Index, rows: np.ndarray) -> None:
         self._index, self._rows = index, rows
+        self.codes = self  # the reader of its rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._index, name)

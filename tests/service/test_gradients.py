@@ -260,27 +260,34 @@ def until_admitted(client: Client, query: QueryGradients) -> None:
             return
 
 
-def until_refused(client: Client, query: QueryGradients) -> None:
-    for _ in range(1000):
-        client.sketch_gradients(query)
+def open_stream(
+    served: Served, client: Client, query: QueryGradients, ended: threading.Event
+) -> tuple[Any, OverloadedError]:
+    """A stream that has the server's only place and sends no more, and how the next one is refused."""
+    requests = list(gradient_requests(query, ""))
+
+    def halting() -> Iterator[pb.SketchGradientsRequest]:
+        yield from requests[:2]
+        ended.wait(60)
+
+    stream = served.stub.SketchGradients.future(halting(), timeout=60)
+    while True:
+        try:
+            client.sketch_gradients(query)
+        except OverloadedError as error:
+            return stream, error
+        if stream.done():  # it came while this client's stream had the place
+            stream = served.stub.SketchGradients.future(halting(), timeout=60)
 
 
 def test_a_stream_that_stalls_is_ended_and_leaves_its_place(
     serve: Callable[..., Served], query: QueryGradients
 ) -> None:
-    served = serve(stall_s=2, max_streams=1)
-    requests = list(gradient_requests(query, ""))
-    ended = threading.Event()
-
-    def stalling() -> Iterator[pb.SketchGradientsRequest]:
-        yield from requests[:2]
-        ended.wait(60)
-
-    stalled = served.stub.SketchGradients.future(stalling(), timeout=60)
-    with Client(served.target) as client:
-        with pytest.raises(OverloadedError, match="1 streams open") as caught:
-            until_refused(client, query)
-        assert caught.value.retry_after_s == 1
+    served, ended = serve(stall_s=2, max_streams=1), threading.Event()
+    with Client(served.target, overload_retries=0) as client:
+        stalled, refused = open_stream(served, client, query, ended)
+        assert "1 streams open" in str(refused)
+        assert refused.retry_after_s == 1
         error: Any = stalled.exception(60)
         ended.set()
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -289,19 +296,10 @@ def test_a_stream_that_stalls_is_ended_and_leaves_its_place(
 
 
 def test_a_stream_that_is_cut_leaves_its_place(serve: Callable[..., Served], query: QueryGradients) -> None:
-    served = serve(max_streams=1)
-    requests = list(gradient_requests(query, ""))
-    ended = threading.Event()
-
-    def halting() -> Iterator[pb.SketchGradientsRequest]:
-        yield from requests[:2]
-        ended.wait(60)
-
-    call = served.stub.SketchGradients.future(halting(), timeout=60)
-    with Client(served.target) as client:
-        with pytest.raises(OverloadedError):
-            until_refused(client, query)
-        call.cancel()
+    served, ended = serve(max_streams=1), threading.Event()
+    with Client(served.target, overload_retries=0) as client:
+        stream, _ = open_stream(served, client, query, ended)
+        stream.cancel()
         ended.set()
         until_admitted(client, query)
 

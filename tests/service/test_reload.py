@@ -6,11 +6,9 @@ import gc
 import json
 import shutil
 import signal
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loopsway.client import Client
 from loopsway.indexer import compact_index, delete_examples, prune_index
 from loopsway.service import Settings
 from loopsway.service.catalog import Catalog
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, wait_for, without_model
-
-from ..conftest import COMMAND
+from serving import QUERIES, Served, commanded, wait_for, without_model
 
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=48)
 POLL_S = 0.05
@@ -131,22 +126,6 @@ def publish(made: Path, served: Path) -> None:
             partial = target.with_name(target.name + ".new")
             shutil.copy(file, partial)
             partial.replace(target)
-
-
-@contextmanager
-def commanded(config: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
-    """`loopsway serve` with a settings file, and a client of it."""
-    ready, log = config.with_name("ready.json"), config.with_name("log")
-    command = [*COMMAND, "serve", "--config", str(config), "--ready-file", str(ready)]
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as child:
-        try:
-            wait_for(lambda: ready.exists() or child.poll() is not None, 90)
-            assert child.poll() is None, log.read_text()
-            with Client(f"127.0.0.1:{json.loads(ready.read_text())['port']}") as client:
-                yield child, client
-        finally:
-            child.terminate()
-            assert child.wait(60) == 0, log.read_text()
 
 
 def test_sighup_points_aliases_elsewhere_and_finds_generations(own_index: Path, tmp_path: Path) -> None:

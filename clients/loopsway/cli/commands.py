@@ -9,6 +9,7 @@ from .build import build
 from .change import add, compact, delete, prune
 from .demo import demo
 from .energy import energy
+from .evaluate import evaluate
 from .explore import explore
 from .export import export
 from .health import health
@@ -35,6 +36,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, health, token, query, bench, explore, demo, reproduce),
+    *(serve, health, token, query, bench, explore, demo, reproduce, evaluate),
 ):
     loopsway.add_command(command)

@@ -157,7 +157,8 @@ class AsyncClient:
     ) -> Trajectories:
         """As `Client.get_trajectories`."""
         request = messages.trajectories_request(queries, example_ids, resolve, index)
-        return messages.trajectories(await self._call(self._stub.GetTrajectories, request, timeout_s, request_id))
+        response = await self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
+        return messages.trajectories(response, request.example_ids)
 
     async def list_indices(self, *, timeout_s: float | None = None, request_id: str | None = None) -> list[IndexInfo]:
         """As `Client.list_indices`."""

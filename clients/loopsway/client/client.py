@@ -219,7 +219,8 @@ class Client:
         With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query.
         """
         request = messages.trajectories_request(queries, example_ids, resolve, index)
-        return messages.trajectories(self._call(self._stub.GetTrajectories, request, timeout_s, request_id))
+        response = self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
+        return messages.trajectories(response, request.example_ids)
 
     def list_indices(self, *, timeout_s: float | None = None, request_id: str | None = None) -> list[IndexInfo]:
         """Describes every index of the server, by name."""

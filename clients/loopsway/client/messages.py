@@ -192,11 +192,12 @@ def _influencer_curves(curves: pb.Trajectories) -> InfluencerTrajectories:
     )
 
 
-def trajectories(response: pb.GetTrajectoriesResponse) -> Trajectories:
+def trajectories(response: pb.GetTrajectoriesResponse, example_ids: Sequence[str]) -> Trajectories:
     return Trajectories(
         influences=from_tensor(response.influences, dtype="float32"),
         standard_errors=from_tensor(response.standard_errors, dtype="float32", shape=response.influences.shape),
         queries=tuple(_summary(query) for query in response.queries),
+        example_ids=tuple(example_ids),
         index=response.index,
         generation=response.generation,
         fingerprint=response.fingerprint,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import frames
 
 SIGNIFICANT = 2.0  # standard errors
 
@@ -122,6 +124,11 @@ class InfluencerTrajectories:
     influences: NDArray[np.float32]
     standard_errors: NDArray[np.float32]
 
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`: example_id, step, influence, standard_error."""
+        axes = {"example_id": self.example_ids, "step": range(self.influences.shape[1])}
+        return frames.steps_frame(axes, self.influences, self.standard_errors)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceResult:
@@ -147,6 +154,14 @@ class InfluenceResult:
     generation: int
     fingerprint: str
     trajectories: InfluencerTrajectories | None = field(default=None, compare=False)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, a row for each influencer of each ranking.
+
+        Its columns are step (missing: the whole loop), sign ("proponent" or "opponent"), rank, example_id, influence,
+        standard_error, significant, description and metadata.NAME.
+        """
+        return frames.ranked_frame(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -174,6 +189,12 @@ class ScoreChunk:
         """Bool [n]: whether each influence lies beyond two standard errors of zero."""
         return np.abs(self.influences) > SIGNIFICANT * self.standard_errors
 
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`: step (missing: the whole loop), rank, example_id, influence, standard_error,
+        significant.
+        """
+        return frames.scores_frame(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbor:
@@ -200,6 +221,7 @@ class Trajectories:
             "step_matrix". Read-only.
         standard_errors: of the influences; the same shape.
         queries: one for each query.
+        example_ids: as they were asked for.
         index: the name of the index that answered.
         generation: the generation of it that answered.
     """
@@ -207,6 +229,17 @@ class Trajectories:
     influences: NDArray[np.float32]
     standard_errors: NDArray[np.float32]
     queries: tuple[QuerySummary, ...]
+    example_ids: tuple[str, ...]
     index: str
     generation: int
     fingerprint: str
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`: query (its place), example_id, step, influence, standard_error.
+
+        For "step_matrix" with train_step and query_step instead of step.
+        """
+        names = ("step",) if self.influences.ndim == 3 else ("train_step", "query_step")
+        axes: dict[str, Sequence[Any]] = {"query": range(len(self.queries)), "example_id": self.example_ids}
+        axes |= {name: range(size) for name, size in zip(names, self.influences.shape[2:], strict=True)}
+        return frames.steps_frame(axes, self.influences, self.standard_errors)

@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+import numpy as np
 from google.protobuf.struct_pb2 import Struct
 
 from loopsway.indexer import Index, Influencers, Neighbors, Ranked
@@ -48,9 +49,8 @@ def index_message(engine: Engine) -> pb.Index:
 
 
 def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindInfluencesResponse:
-    # An example that is strong at one step is strong at many: read each once.
-    facts: dict[int, pb.Influencer] = {}
-    ranking = partial(_ranking_message, index=index, facts=facts)
+    facts = _facts(answers, index)
+    ranking = partial(_ranking_message, facts=facts)
     results = [
         pb.QueryInfluences(
             query=_query_message(answer.query),
@@ -111,19 +111,17 @@ def scores_responses(
 def neighbors_response(found: Sequence[Neighbors], index: Index) -> pb.FindNeighborsResponse:
     results = []
     for each in found:
-        columns = (each.rows.tolist(), each.similarities.tolist(), each.standard_errors.tolist())
-        messages = []
-        for row, similarity, error in zip(*columns, strict=True):
-            example = index.example(row)
-            messages.append(
-                pb.Neighbor(
-                    example_id=example.id,
-                    description=example.description,
-                    metadata=metadata_struct(example.metadata),
-                    similarity=similarity,
-                    standard_error=error,
-                )
+        columns = (each.similarities.tolist(), each.standard_errors.tolist(), index.examples_in(each.rows))
+        messages = [
+            pb.Neighbor(
+                example_id=example.id,
+                description=example.description,
+                metadata=metadata_struct(example.metadata),
+                similarity=similarity,
+                standard_error=error,
             )
+            for similarity, error, example in zip(*columns, strict=True)
+        ]
         results.append(pb.ExampleNeighbors(neighbors=messages))
     return pb.FindNeighborsResponse(
         results=results,
@@ -166,22 +164,40 @@ def _query_message(query: ResolvedQuery) -> pb.QuerySummary:
     )
 
 
-def _ranking_message(influencers: Influencers, *, index: Index, facts: dict[int, pb.Influencer]) -> pb.Ranking:
-    encode = partial(_ranked_messages, index=index, facts=facts)
+def _facts(answers: Sequence[Influences], index: Index) -> dict[int, pb.Influencer]:
+    """What is known of each example in the answers, by its row: one that is strong at one step is so at many."""
+    rows = np.unique(
+        np.concatenate(
+            [
+                side.rows
+                for answer in answers
+                for ranking in (answer.ranking.total, *answer.ranking.steps)
+                for side in (ranking.proponents, ranking.opponents)
+            ]
+        )
+    )
+    return {
+        row: pb.Influencer(
+            example_id=example.id,
+            description=example.description,
+            metadata=metadata_struct(example.metadata) if example.metadata else None,
+        )
+        for row, example in zip(rows.tolist(), index.examples_in(rows), strict=True)
+    }
+
+
+def _ranking_message(influencers: Influencers, *, facts: dict[int, pb.Influencer]) -> pb.Ranking:
     return pb.Ranking(
-        step=influencers.step, proponents=encode(influencers.proponents), opponents=encode(influencers.opponents)
+        step=influencers.step,
+        proponents=_ranked_messages(influencers.proponents, facts),
+        opponents=_ranked_messages(influencers.opponents, facts),
     )
 
 
-def _ranked_messages(ranked: Ranked, *, index: Index, facts: dict[int, pb.Influencer]) -> list[pb.Influencer]:
+def _ranked_messages(ranked: Ranked, facts: dict[int, pb.Influencer]) -> list[pb.Influencer]:
     messages: list[pb.Influencer] = []
     columns = (ranked.rows.tolist(), ranked.influences.tolist(), ranked.standard_errors.tolist())
     for row, influence, standard_error in zip(*columns, strict=True):
-        if row not in facts:
-            example = index.example(row)
-            facts[row] = pb.Influencer(
-                example_id=example.id, description=example.description, metadata=metadata_struct(example.metadata)
-            )
         message = pb.Influencer(influence=influence, standard_error=standard_error)
         message.MergeFrom(facts[row])
         messages.append(message)

@@ -1,0 +1,1 @@
+"""Do influences predict what retraining does? `loopsway evaluate` measures it: retrain, and compare."""

@@ -1,0 +1,141 @@
+"""Faults while many ask: every call that was sent has its status, and the counts of each are what was promised."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loopsway.client import AsyncClient, Client, ExampleQuery, IdQuery, SketchQuery, UnavailableError
+from loopsway.client.load import Load, Measurement, Requests, load_request
+from loopsway.indexer import Index
+from serving import QUERIES, TASK_SPEC, Gate, Served, commanded, wait_for
+
+EXAMPLES: Requests = {
+    "example": [load_request(ExampleQuery(query), k=3) for query in QUERIES],
+    "id": [load_request(IdQuery("tiny-7"), k=3)],
+}
+CALLERS, FOR_SKETCHES, RECONNECTS = 6, 2, 1000
+
+
+@pytest.fixture
+def searches(index: Index, sketches: np.ndarray) -> Requests:
+    return {"sketch": [load_request(SketchQuery(sketch, index.fingerprint), k=3) for sketch in sketches]}
+
+
+def each_has_a_status(measured: Measurement) -> bool:
+    return measured.num_calls == sum(measured.codes.values()) > 0
+
+
+async def test_of_many_calls_a_killed_model_process_costs_those_in_it(
+    serve: Callable[..., Served], searches: Requests
+) -> None:
+    """Two are in a batch of two at the most, and each killing can cost no more than these."""
+    served = serve(batch_size=2)
+    worker, kills = served.server.catalog.worker, 2
+
+    async def kill() -> None:
+        for number in range(1, kills + 1):
+            await asyncio.to_thread(wait_for, lambda number=number: worker.num_starts == number and worker.pid)
+            await asyncio.sleep(0.3)
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            await asyncio.to_thread(wait_for, lambda: worker.pid is None)
+
+    async with Load(served.target, timeout_s=60) as load:
+        killing = asyncio.create_task(kill())
+        asking = asyncio.create_task(load.closed(EXAMPLES, CALLERS, seconds=1))
+        searched = await load.closed(searches, FOR_SKETCHES, seconds=2)
+        asked = await asking
+        await killing
+        await asyncio.to_thread(wait_for, lambda: worker.pid)
+        after = await load.closed(EXAMPLES, CALLERS, seconds=0.5)
+    assert each_has_a_status(searched)
+    assert set(searched.codes) == {"OK"}, "searches need no model"
+    assert each_has_a_status(asked)
+    assert set(asked.codes) <= {"OK", "UNAVAILABLE"}, asked.codes
+    assert asked.codes.get("OK")
+    assert set(after.codes) == {"OK"}
+    assert worker.num_starts == 1 + kills
+
+
+async def test_sigterm_under_load_answers_what_runs_and_refuses_what_comes(index_path: Path, tmp_path: Path) -> None:
+    """Held in the model when the signal comes: as many calls as callers. All of them are answered."""
+    gate, config = Gate(tmp_path), tmp_path / "serve.toml"
+    config.write_text(
+        f"port = 0\ngrace_s = 20\nindices = [{{path = '{index_path}', task = '{TASK_SPEC}', "
+        f"task_arguments = {{gate = '{gate.folder}'}}}}]\n"
+    )
+    with commanded(config) as (child, _):
+        target = f"127.0.0.1:{json.loads((tmp_path / 'ready.json').read_text())['port']}"
+        async with Load(target, timeout_s=60) as load:
+            before = await load.closed(EXAMPLES, CALLERS, seconds=0.5)
+            gate.hold()
+            held = asyncio.create_task(load.closed(EXAMPLES, CALLERS, seconds=0.2))
+            await asyncio.to_thread(gate.wait_until_entered)
+            await asyncio.sleep(0.5)
+            child.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(wait_for, lambda: "stopping" in (tmp_path / "log").read_text())
+            async with Load(target, timeout_s=5, seed=1) as late:
+                refused = await late.closed(EXAMPLES, 1, seconds=0.2)
+            async with AsyncClient(target, timeout_s=2) as client:
+                with pytest.raises(UnavailableError):
+                    await client.get_index()
+            gate.open()
+            answered = await held
+        begin = time.monotonic()
+        assert await asyncio.to_thread(child.wait, 20) == 0
+        assert time.monotonic() - begin < 10, "it ends when nothing runs any more, not with the grace"
+    assert set(before.codes) == {"OK"}
+    assert answered.codes == {"OK": CALLERS}
+    assert each_has_a_status(refused)
+    # gRPC itself cancels what comes by a connection that was taken in the moment of the stop.
+    assert "UNAVAILABLE" in refused.codes
+    assert refused.codes.get("CANCELLED", 0) <= 1
+    assert set(refused.codes) <= {"UNAVAILABLE", "CANCELLED"}
+
+
+async def test_sigterm_amid_calls_leaves_none_without_a_status(index_path: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(f"port = 0\nindices = [{{path = '{index_path}', task = '{TASK_SPEC}'}}]\n")
+    with commanded(config) as (child, _):
+        target = f"127.0.0.1:{json.loads((tmp_path / 'ready.json').read_text())['port']}"
+        async with Load(target, timeout_s=60) as load:
+            asyncio.get_running_loop().call_later(1, child.send_signal, signal.SIGTERM)
+            measured = await load.open(EXAMPLES, 100, seconds=2)
+        assert await asyncio.to_thread(child.wait, 20) == 0
+    assert each_has_a_status(measured)
+    assert {"OK", "UNAVAILABLE"} <= set(measured.codes) <= {"OK", "UNAVAILABLE", "CANCELLED"}, measured.codes
+
+
+def test_a_thousand_connections_one_after_another_leave_nothing_behind(index_path: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(f"port = 0\nindices = [{{path = '{index_path}', model = false}}]\n")
+    with commanded(config) as (child, client):
+        server, taken = f"127.0.0.1:{json.loads((tmp_path / 'ready.json').read_text())['port']}", []
+        client.close()
+        for number in range(RECONNECTS + 1):
+            if number in (RECONNECTS // 10, RECONNECTS):
+                taken.append(held_by(child.pid))
+            with Client(server, overload_retries=0) as own:
+                assert own.get_index().num_examples == 48
+        early, late = taken
+        wait_for(lambda: held_by(child.pid)["files"] <= early["files"])
+        assert late["threads"] <= early["threads"] + 2, taken
+        assert late["anonymous_kib"] - early["anonymous_kib"] < 8 << 10, f"900 connections: {taken}"
+
+
+def held_by(pid: int) -> dict[str, Any]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return {
+        "files": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
+        "anonymous_kib": int(status.partition("RssAnon:")[2].split()[0]),
+    }
