@@ -106,13 +106,13 @@ def assert_alike(answers: list[Any], expected: list[Any]) -> None:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[tuple[Server, int]]:
+def running(settings: Settings, tracer_provider: Any = None) -> Iterator[tuple[Server, int]]:
     """Runs a server in a thread with an event loop of its own; gives it and its port once it is SERVING."""
     started: Future[tuple[Server, int]] = Future()
     loop, stopping = asyncio.new_event_loop(), asyncio.Event()
 
     async def run() -> None:
-        server, port = create_server(settings)
+        server, port = create_server(settings, tracer_provider=tracer_provider)
         try:
             await server.start()
             started.set_result((server, port))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import pytest
 from loopsway.indexer import ExampleSketcher, Index, build_index, load_task, open_index
 from loopsway.service import Settings
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import CONFIG, QUERIES, TASK_SPEC, Gate, Served, asked_for, running, without_model
+from serving import CONFIG, QUERIES, TASK_SPEC, Gate, Served, asked_for, running, wait_for, without_model
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +66,30 @@ def serve(index_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def served(serve: Callable[..., Served]) -> Served:
     """A server with default limits."""
     return serve()
+
+
+@pytest.fixture
+def json_child() -> Callable[..., AbstractContextManager[tuple[AttributionStub, subprocess.Popen[str]]]]:
+    """Runs `loopsway serve` in a process of its own, with its log as JSON: `json_child(index, folder)`."""
+
+    @contextmanager
+    def start(index: Path, folder: Path) -> Iterator[tuple[AttributionStub, subprocess.Popen[str]]]:
+        ready = folder / "ready.json"
+        command = [sys.executable, "-m", "loopsway.cli", "serve", "--index", index, "--task", TASK_SPEC, "--port", "0"]
+        environment = os.environ | {"LOOPSWAY_LOG_FORMAT": "json"}
+        with subprocess.Popen(
+            [*command, "--ready-file", ready],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                wait_for(lambda: ready.exists() or process.poll() is not None, 90)
+                target = f"127.0.0.1:{json.loads(ready.read_text())['port']}"
+                with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+                    yield AttributionStub(channel), process
+            finally:
+                process.kill()
+
+    return start

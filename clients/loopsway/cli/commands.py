@@ -12,6 +12,7 @@ from .energy import energy
 from .evaluate import evaluate
 from .explore import explore
 from .export import export
+from .health import health
 from .inspection import inspect
 from .neighbors import neighbors
 from .query import query
@@ -35,6 +36,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, token, query, bench, explore, demo, reproduce, evaluate),
+    *(serve, health, token, query, bench, explore, demo, reproduce, evaluate),
 ):
     loopsway.add_command(command)

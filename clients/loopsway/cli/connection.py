@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from loopsway.client import AsyncClient, Client
+    import grpc
+
+    from loopsway.client import AsyncClient, Client, Tls
     from loopsway.client.load import Load
 
 _Client = TypeVar("_Client")
@@ -67,15 +69,33 @@ class Connection:
 
         return self._made(Load, timeout_s)
 
-    def _made(self, kind: Callable[..., _Client], timeout_s: float) -> _Client:
-        from loopsway.client import Tls
+    def channel(self) -> grpc.Channel:
+        """A channel to the server that shows no token, for what is asked without one."""
+        import grpc
 
+        from loopsway.client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_options
+        from loopsway.client.credentials import channel_credentials
+
+        options = channel_options(self.server, DEFAULT_MAX_MESSAGE_BYTES)
         try:
-            wanted = self.tls or any(file is not None for file in (self.ca, self.cert, self.key))
-            tls = Tls(ca=self.ca, cert=self.cert, key=self.key) if wanted else None
-            return kind(self.server, token=self._token(), tls=tls, timeout_s=timeout_s)
+            credentials = channel_credentials(self.server, None, self._tls())
         except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from error
+        if credentials is None:
+            return grpc.insecure_channel(self.server, options=options)
+        return grpc.secure_channel(self.server, credentials, options=options)
+
+    def _made(self, kind: Callable[..., _Client], timeout_s: float) -> _Client:
+        try:
+            return kind(self.server, token=self._token(), tls=self._tls(), timeout_s=timeout_s)
+        except (ValueError, OSError) as error:
+            raise click.UsageError(str(error)) from error
+
+    def _tls(self) -> Tls | None:
+        from loopsway.client import Tls
+
+        wanted = self.tls or any(file is not None for file in (self.ca, self.cert, self.key))
+        return Tls(ca=self.ca, cert=self.cert, key=self.key) if wanted else None
 
     def _token(self) -> str | None:
         if self.token_file is not None:

@@ -14,7 +14,7 @@ INTERRUPTED = 130  # the exit code that shells report for a process that Ctrl-C 
 # The top-level modules that extras bring.
 BROUGHT_BY_EXTRAS = (
     *("torch", "zarr", "safetensors", "pyarrow", "faiss"),
-    *("google", "grpc_health", "grpc_reflection", "grpc_status", "pydantic", "pydantic_settings"),
+    *("google", "grpc_health", "grpc_reflection", "grpc_status", "prometheus_client", "pydantic", "pydantic_settings"),
     *("rich", "matplotlib", "plotext", "ray", "scipy", "sdi"),
     *("starlette", "uvicorn", "plotly"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,7 +17,14 @@ from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
 from . import messages
-from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Patience, channel_options
+from .channel import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    Patience,
+    channel_options,
+    request_metadata,
+)
 from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
@@ -55,10 +63,12 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(target, credentials, options=options)
         self._stub = AttributionStub(self._channel)
 
-    async def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
+    async def get_index(
+        self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None
+    ) -> IndexInfo:
         """As `Client.get_index`."""
         request = pb.GetIndexRequest(index=index)
-        return messages.index_info((await self._call(self._stub.GetIndex, request, timeout_s)).index)
+        return messages.index_info((await self._call(self._stub.GetIndex, request, timeout_s, request_id)).index)
 
     async def find_influences(
         self,
@@ -75,6 +85,7 @@ class AsyncClient:
         require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> list[InfluenceResult]:
         """As `Client.find_influences`."""
         request = messages.influences_request(
@@ -90,7 +101,7 @@ class AsyncClient:
             require_full_coverage=require_full_coverage,
             index=index,
         )
-        return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s))
+        return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s, request_id))
 
     def stream_influences(
         self,
@@ -109,6 +120,7 @@ class AsyncClient:
         index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> AsyncIterator[Answer]:
         """As `Client.stream_influences`, for `async for`; queries may be asynchronous too."""
         template = messages.influences_request(
@@ -125,7 +137,7 @@ class AsyncClient:
             index=index,
         )
         return streamed_async(
-            self._stub.StreamInfluences,
+            partial(self._stub.StreamInfluences, metadata=request_metadata(request_id)),
             queries,
             Outgoing(template, batch),
             timeout_s=self._timeout_s if timeout_s is None else timeout_s,
@@ -141,15 +153,16 @@ class AsyncClient:
         resolve: TrajectoryResolve = "query_step",
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Trajectories:
         """As `Client.get_trajectories`."""
         request = messages.trajectories_request(queries, example_ids, resolve, index)
-        response = await self._call(self._stub.GetTrajectories, request, timeout_s)
+        response = await self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
         return messages.trajectories(response, request.example_ids)
 
-    async def list_indices(self, *, timeout_s: float | None = None) -> list[IndexInfo]:
+    async def list_indices(self, *, timeout_s: float | None = None, request_id: str | None = None) -> list[IndexInfo]:
         """As `Client.list_indices`."""
-        response = await self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s)
+        response = await self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s, request_id)
         return [messages.index_info(index) for index in response.indices]
 
     async def score_examples(
@@ -164,12 +177,15 @@ class AsyncClient:
         require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> AsyncIterator[ScoreChunk]:
         """As `Client.score_examples`."""
         request = messages.scores_request(
             queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
         )
-        stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        stream = self._stub.ScoreExamples(
+            request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=request_metadata(request_id)
+        )
         try:
             async for response in stream:
                 yield messages.score_chunk(response)
@@ -189,17 +205,23 @@ class AsyncClient:
         where: str = "",
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> list[tuple[Neighbor, ...]]:
         """As `Client.find_neighbors`."""
         request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
-        return messages.neighbors(await self._call(self._stub.FindNeighbors, request, timeout_s))
+        return messages.neighbors(await self._call(self._stub.FindNeighbors, request, timeout_s, request_id))
 
     async def sketch_queries(
-        self, queries: Sequence[Query], *, index: str = "", timeout_s: float | None = None
+        self,
+        queries: Sequence[Query],
+        *,
+        index: str = "",
+        timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> list[SketchQuery]:
         """As `Client.sketch_queries`."""
         request = messages.sketches_request(queries, index)
-        return messages.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s))
+        return messages.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s, request_id))
 
     async def sketch_gradients(
         self,
@@ -208,10 +230,11 @@ class AsyncClient:
         index: str = "",
         on_progress: OnBytes | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> SketchQuery:
         """As `Client.sketch_gradients`."""
         requests = gradient_requests(gradients, index, on_progress)
-        return messages.sketch_query(await self._call(self._stub.SketchGradients, requests, timeout_s))
+        return messages.sketch_query(await self._call(self._stub.SketchGradients, requests, timeout_s, request_id))
 
     async def close(self) -> None:
         await self._channel.close()
@@ -225,12 +248,12 @@ class AsyncClient:
         await self.close()
 
     async def _call(
-        self, method: Callable[..., Awaitable[_Response]], request: Any, timeout_s: float | None
+        self, method: Callable[..., Awaitable[_Response]], request: Any, timeout_s: float | None, request_id: str | None
     ) -> _Response:
-        patience = self._patience(request, timeout_s)
+        patience, metadata = self._patience(request, timeout_s), request_metadata(request_id)
         while True:
             try:
-                return await method(request, timeout=patience.left_s())
+                return await method(request, timeout=patience.left_s(), metadata=metadata)
             except grpc.RpcError as failure:
                 wait_s = patience.wait_s(error_from_rpc(failure, self._target))
             await asyncio.sleep(wait_s)

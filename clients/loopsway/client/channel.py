@@ -1,18 +1,21 @@
-"""How the clients connect: retries, message sizes and proxies, as gRPC channel options; and when they ask again."""
+"""How the clients connect: retries, message sizes and proxies, as gRPC channel options; when they ask again; ids."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import time
 
 from .credentials import is_loopback
-from .errors import LoopswayError, OverloadedError
+from .errors import REQUEST_ID_KEY, InvalidQueryError, LoopswayError, OverloadedError
 
 SERVICE = "loopsway.v1.Attribution"
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 # Every method only reads, so a call that reached no server, or a draining one, may be sent again; gRPC itself gives
 # CANCELLED to one that comes by a connection which the server took in the moment that it stopped. A full queue
@@ -47,6 +50,18 @@ def channel_options(target: str, max_message_bytes: int, *, retries: bool = True
         # gRPC sends even loopback through $http_proxy unless $no_proxy names it.
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+def request_metadata(request_id: str | None) -> tuple[tuple[str, str], ...]:
+    """What goes with a request under this id; None: the server makes one."""
+    if request_id is None:
+        return ()
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidQueryError(
+            f"request_id is {request_id!r}, expected 1 to 128 letters, digits and characters of ._:@/+=-",
+            field="request_id",
+        )
+    return ((REQUEST_ID_KEY, request_id),)
 
 
 class Patience:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,7 +16,14 @@ from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
 from . import messages
-from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Patience, channel_options
+from .channel import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    Patience,
+    channel_options,
+    request_metadata,
+)
 from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
@@ -30,7 +38,8 @@ _Response = TypeVar("_Response")
 class Client:
     """Asks a Loopsway server, and blocks until it answers. Safe to share between threads; close it, or use `with`.
 
-    Calls that reach no server are tried again a few times. Every method raises a `LoopswayError`.
+    Calls that reach no server are tried again a few times. Every method raises a `LoopswayError`, which has the
+    `request_id` of the call in the server's log.
     """
 
     def __init__(
@@ -68,10 +77,10 @@ class Client:
             self._channel = grpc.secure_channel(target, credentials, options=options)
         self._stub = AttributionStub(self._channel)
 
-    def get_index(self, index: str = "", *, timeout_s: float | None = None) -> IndexInfo:
+    def get_index(self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None) -> IndexInfo:
         """Describes an index; the name may be left out when the server serves exactly one."""
         request = pb.GetIndexRequest(index=index)
-        return messages.index_info(self._call(self._stub.GetIndex, request, timeout_s).index)
+        return messages.index_info(self._call(self._stub.GetIndex, request, timeout_s, request_id).index)
 
     def find_influences(
         self,
@@ -88,6 +97,7 @@ class Client:
         require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> list[InfluenceResult]:
         """The strongest proponents and opponents of each query, in total and at each step.
 
@@ -106,6 +116,7 @@ class Client:
                 tells, is refused with an UnavailableError instead.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
+            request_id: names the call in the server's log; a traced one's, say. None: the server makes one.
 
         Returns:
             One result for each query.
@@ -123,7 +134,7 @@ class Client:
             require_full_coverage=require_full_coverage,
             index=index,
         )
-        return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s))
+        return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s, request_id))
 
     def stream_influences(
         self,
@@ -142,6 +153,7 @@ class Client:
         index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Iterator[Answer]:
         """The answers to any number of queries, in their order: what a curator asks of an evaluation set.
 
@@ -165,6 +177,7 @@ class Client:
             on_progress: called with the number of queries answered so far.
             timeout_s: how long the server may take over one batch; the stream itself has no deadline. None: the
                 client's own.
+            request_id: as in `find_influences`.
 
         Yields:
             For each query its result, or the error that its batch failed with.
@@ -183,7 +196,7 @@ class Client:
             index=index,
         )
         return streamed(
-            self._stub.StreamInfluences,
+            partial(self._stub.StreamInfluences, metadata=request_metadata(request_id)),
             queries,
             Outgoing(template, batch),
             timeout_s=self._timeout_s if timeout_s is None else timeout_s,
@@ -199,17 +212,19 @@ class Client:
         resolve: TrajectoryResolve = "query_step",
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Trajectories:
         """The influence of each of the examples on each query, step by step.
 
         With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query.
         """
         request = messages.trajectories_request(queries, example_ids, resolve, index)
-        return messages.trajectories(self._call(self._stub.GetTrajectories, request, timeout_s), request.example_ids)
+        response = self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
+        return messages.trajectories(response, request.example_ids)
 
-    def list_indices(self, *, timeout_s: float | None = None) -> list[IndexInfo]:
+    def list_indices(self, *, timeout_s: float | None = None, request_id: str | None = None) -> list[IndexInfo]:
         """Describes every index of the server, by name."""
-        response = self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s)
+        response = self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s, request_id)
         return [messages.index_info(index) for index in response.indices]
 
     def score_examples(
@@ -224,6 +239,7 @@ class Client:
         require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Iterator[ScoreChunk]:
         """The influence of every training example on the mean of the queries' losses, in total and at each step.
 
@@ -240,6 +256,7 @@ class Client:
             require_full_coverage: as in `find_influences`.
             index: may be left out when the server serves exactly one.
             timeout_s: of the whole stream. None: the client's own.
+            request_id: as in `find_influences`.
 
         Yields:
             Each ranking in order, the one over the whole loop first.
@@ -247,7 +264,9 @@ class Client:
         request = messages.scores_request(
             queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
         )
-        stream = self._stub.ScoreExamples(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        stream = self._stub.ScoreExamples(
+            request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=request_metadata(request_id)
+        )
         try:
             for response in stream:
                 yield messages.score_chunk(response)
@@ -267,6 +286,7 @@ class Client:
         where: str = "",
         index: str = "",
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> list[tuple[Neighbor, ...]]:
         """The training examples whose gradients are most like those of some, the most alike first; no model runs.
 
@@ -281,19 +301,25 @@ class Client:
             where: a filter over the examples. Empty: all.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
+            request_id: as in `find_influences`.
 
         Returns:
             The neighbors of each example.
         """
         request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
-        return messages.neighbors(self._call(self._stub.FindNeighbors, request, timeout_s))
+        return messages.neighbors(self._call(self._stub.FindNeighbors, request, timeout_s, request_id))
 
     def sketch_queries(
-        self, queries: Sequence[Query], *, index: str = "", timeout_s: float | None = None
+        self,
+        queries: Sequence[Query],
+        *,
+        index: str = "",
+        timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> list[SketchQuery]:
         """The queries as sketches, which may be asked about again and again at no model call."""
         request = messages.sketches_request(queries, index)
-        return messages.sketch_queries(self._call(self._stub.SketchQueries, request, timeout_s))
+        return messages.sketch_queries(self._call(self._stub.SketchQueries, request, timeout_s, request_id))
 
     def sketch_gradients(
         self,
@@ -302,6 +328,7 @@ class Client:
         index: str = "",
         on_progress: OnBytes | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> SketchQuery:
         """A query's gradients as a sketch, which may be asked about again and again; the server runs no model.
 
@@ -312,9 +339,10 @@ class Client:
             index: may be left out when the server serves exactly one.
             on_progress: called with the bytes sent so far and of all.
             timeout_s: of the whole stream. None: the client's own.
+            request_id: as in `find_influences`.
         """
         requests = gradient_requests(gradients, index, on_progress)
-        return messages.sketch_query(self._call(self._stub.SketchGradients, requests, timeout_s))
+        return messages.sketch_query(self._call(self._stub.SketchGradients, requests, timeout_s, request_id))
 
     def close(self) -> None:
         self._channel.close()
@@ -327,11 +355,13 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, method: Callable[..., _Response], request: Any, timeout_s: float | None) -> _Response:
-        patience = self._patience(request, timeout_s)
+    def _call(
+        self, method: Callable[..., _Response], request: Any, timeout_s: float | None, request_id: str | None
+    ) -> _Response:
+        patience, metadata = self._patience(request, timeout_s), request_metadata(request_id)
         while True:
             try:
-                return method(request, timeout=patience.left_s())
+                return method(request, timeout=patience.left_s(), metadata=metadata)
             except grpc.RpcError as failure:
                 wait_s = patience.wait_s(error_from_rpc(failure, self._target))
             time.sleep(wait_s)

@@ -24,6 +24,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from .details import retry_delay_s, violated_field
 
 DETAILS_KEY = "grpc-status-details-bin"
+REQUEST_ID_KEY = "x-request-id"
 # gRPC's core writes this itself, with the status that we use for a full queue.
 TOO_LARGE = "message larger than max"
 
@@ -33,11 +34,13 @@ class LoopswayError(Exception):
 
     Attributes:
         field: the request's field at fault, such as `queries[0].sketch.values`. None when no field is.
+        request_id: of the call in the server's log. None when no server answered.
     """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+        self.request_id: str | None = None
 
 
 class InvalidQueryError(LoopswayError, ValueError):
@@ -95,8 +98,19 @@ _PLAIN: dict[grpc.StatusCode, type[LoopswayError]] = {
 
 def error_from_rpc(failure: grpc.RpcError, target: str) -> LoopswayError:
     """The exception for a failed call to the server at `target`."""
+    # Pairs, in the blocking and the asyncio library alike, though under two types.
+    metadata = dict(cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ()))
+    status, request_id = metadata.get(DETAILS_KEY), metadata.get(REQUEST_ID_KEY)
+    error = _error(failure, status if isinstance(status, bytes) else b"", target)
+    if isinstance(request_id, str):
+        error.request_id = request_id
+        if isinstance(error, ServerError):
+            error.args = (f"{error}, under request_id {request_id}",)
+    return error
+
+
+def _error(failure: grpc.RpcError, status: bytes, target: str) -> LoopswayError:
     code, text = failure.code(), failure.details() or "no details"
-    status = _rich_status(failure)
     if code in _PLAIN:
         field = violated_field(status)
         return _PLAIN[code](text if field is None else f"{field}: {text}", field=field)
@@ -129,10 +143,3 @@ def _exhausted(text: str, retry_after_s: float | None) -> LoopswayError:
     if TOO_LARGE in text:
         return InvalidQueryError(f"{text}; send fewer queries or ask for fewer examples in one call")
     return OverloadedError(f"{text}; ask again later")
-
-
-def _rich_status(failure: grpc.RpcError) -> bytes:
-    """The serialized google.rpc.Status that came with the failure; empty when none did."""
-    # Pairs, in the blocking and the asyncio library alike, though under two types.
-    metadata = cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
-    return next((value for key, value in metadata if key == DETAILS_KEY and isinstance(value, bytes)), b"")

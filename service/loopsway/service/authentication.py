@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
 
@@ -10,11 +9,10 @@ import grpc
 import grpc.aio
 
 from .errors import ForbiddenError, RequestError
-from .refusals import code_of, refuse
+from .record import note
+from .refusals import refuse
 from .settings import TokenSettings
 from .tokens import CALLER, Caller, Scope, Tokens
-
-_log = logging.getLogger(__name__)
 
 ATTRIBUTION = "/loopsway.v1.Attribution/"
 # What a method needs: a scope for the index that it names (of ListIndices, for those that it shows), or nothing, as
@@ -58,9 +56,9 @@ class Authentication(grpc.aio.ServerInterceptor):
             if scope is None:
                 raise ForbiddenError("this server has no scope for the method, and lets nobody call it")
         except RequestError as error:
-            _log.info("method=%r code=%s", method, code_of(error).name)
             return _refusing(error)
         CALLER.set(Caller(token=token, scope=scope))  # the handler runs in this same task
+        note(token=token.name)
         return await continuation(handler_call_details)
 
 

@@ -35,6 +35,10 @@ class Batcher(Generic[_Item, _Result]):
         self._waiting: deque[tuple[_Item, asyncio.Future[_Result]]] = deque()
         self._worker: asyncio.Task[None] | None = None
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     async def run(self, items: Sequence[_Item]) -> list[_Result | BaseException]:
         """The result of each item, or what it raised. Cancelled, the items that have not begun are dropped."""
         loop = asyncio.get_running_loop()

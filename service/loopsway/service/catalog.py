@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,12 +45,17 @@ class _Served:
 class Catalog(Mapping[str, Engine]):
     """Opens the indices; `start` makes them ready, `stop` closes them. Its keys are the indices' names.
 
+    Attributes:
+        worker: of all indices' models.
+        reloads: of new generations, by the index and what became of them: "done", "refused" or "failed".
+
     Raises:
         LoadError, FileNotFoundError, ValueError: as `load_engine`; or two indices have one name.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._served = settings, dict[str, _Served]()
+        self.reloads: Counter[tuple[str, str]] = Counter()
         if not settings.indices:
             raise ValueError("no indices to serve; give at least one")
         for asked in settings.indices:
@@ -114,6 +120,7 @@ class Catalog(Mapping[str, Engine]):
                 try:
                     await self._refresh(name)
                 except Exception:
+                    self.reloads[name, "failed"] += 1
                     _log.exception("index %s could not be looked at", name)
 
     async def _refresh(self, name: str) -> None:
@@ -125,13 +132,16 @@ class Catalog(Mapping[str, Engine]):
         try:
             engine = await self._opened(served.asked)
         except Exception as error:
-            if isinstance(error, StorageError | UnavailableError):  # not its fault: look again the next time
+            is_its_fault = not isinstance(error, StorageError | UnavailableError)
+            if not is_its_fault:  # look again the next time
                 served.manifest = ""
+            self.reloads[name, "refused" if is_its_fault else "failed"] += 1
             _log.error("a new generation of index %s is refused, generation %d goes on: %s", name,
                        served.engine.index.generation, error)  # fmt: skip
             return
         _log.info("index %s answers from generation %d, no more from %d", name, engine.index.generation,
                   served.engine.index.generation)  # fmt: skip
+        self.reloads[name, "done"] += 1
         served.engine = engine  # the old one closes when the last request lets it go
 
     async def _opened(self, asked: IndexSettings) -> Engine:

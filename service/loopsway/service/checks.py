@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Mapping
+from importlib import import_module
 
 from loopsway.indexer import open_index
 
@@ -26,6 +27,7 @@ def check_settings(settings: Settings) -> list[str]:
     if not settings.indices:
         raise SettingsError("indices is empty; name at least one index to serve")
     check_exposure(settings)
+    check_tracing(settings)
     lines: list[str] = []
     if settings.tls is not None:
         check_certificate(settings.tls)
@@ -61,8 +63,13 @@ def check_exposure(settings: Settings) -> None:
     """Refuses to listen where others reach a server that lets everybody ask.
 
     Raises:
-        SettingsError: the host is not loopback, and nothing protects the server.
+        SettingsError: a host is not loopback, and nothing protects the server.
     """
+    if settings.metrics_port is not None and not (settings.metrics_insecure_bind or is_loopback(settings.metrics_host)):
+        raise SettingsError(
+            f"metrics_host {settings.metrics_host} is not loopback, and whoever reaches it may read the metrics: use "
+            "127.0.0.1, or set metrics_insecure_bind if the network is trusted"
+        )
     if settings.insecure_bind or is_loopback(settings.host):
         return
     missing = [] if settings.tls else ["TLS (a [tls] table with `certificate` and `key`)"]
@@ -74,6 +81,16 @@ def check_exposure(settings: Settings) -> None:
             f"{' and without '.join(missing)}: add what is missing to the settings, use 127.0.0.1, or set "
             "insecure_bind (--insecure-bind) if the network is trusted"
         )
+
+
+def check_tracing(settings: Settings) -> None:
+    """Raises a SettingsError if tracing is on, and its extra is not installed."""
+    if not settings.tracing:
+        return
+    try:
+        import_module("opentelemetry.exporter.otlp.proto.grpc")
+    except ModuleNotFoundError as error:
+        raise SettingsError("tracing is on, and needs the extra: pip install 'loopsway[otel]'") from error
 
 
 def is_loopback(host: str) -> bool:

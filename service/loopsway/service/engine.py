@@ -26,6 +26,7 @@ from loopsway.indexer.search.sharded import ShardsUnavailableError
 from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnavailableError, UnknownNameError
 from .model import ModelQuery, QueryModel
 from .queries import Query, ResolvedQuery, SketchQuery
+from .record import part
 from .settings import Settings
 from .worker import ModelWorker
 
@@ -115,6 +116,11 @@ class Engine:
     @property
     def accepts_examples(self) -> bool:
         return self._model is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Queries that wait for the model."""
+        return 0 if self._model is None else self._model.num_waiting
 
     async def find_influences(
         self,
@@ -302,7 +308,13 @@ class Engine:
                 raise asyncio.CancelledError("nobody waits for this any more")
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, go_on)
+            with part("queue") as passage:  # for a thread
+
+                def begun() -> _Result:
+                    passage.becomes("search")
+                    return work(go_on)
+
+                return await asyncio.get_running_loop().run_in_executor(self._threads, begun)
         except asyncio.CancelledError:
             is_cancelled.set()
             raise

@@ -17,6 +17,7 @@ from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, RowGra
 
 from .errors import InvalidFieldError, PreconditionError
 from .limits import check_limits
+from .record import part
 from .settings import Settings
 
 
@@ -48,9 +49,11 @@ async def sketched(
         check_limits(request, settings)
         match request.WhichOneof("part"):
             case "piece":
-                await asyncio.to_thread(stream.add, request.piece)
+                with part("sketch"):
+                    await asyncio.to_thread(stream.add, request.piece)
             case "end":
-                return index, await asyncio.to_thread(stream.finish, request.end)
+                with part("sketch"):
+                    return index, await asyncio.to_thread(stream.finish, request.end)
             case _:
                 raise InvalidFieldError("expected a piece or the end after the header", field="part")
     raise InvalidFieldError(

@@ -19,6 +19,7 @@ from .batching import Batcher
 from .errors import InvalidFieldError, PreconditionError, RequestError, UnavailableError, UnknownNameError
 from .frames import Message
 from .queries import ExampleQuery, IdQuery, ResolvedQuery
+from .record import Passage, part
 from .settings import Settings
 from .worker import ModelWorker
 
@@ -50,7 +51,12 @@ class QueryModel:
         # Two generations of one index are loaded side by side while one replaces the other.
         self._key = f"{index.name}, generation {index.generation}, load {next(_numbers)}"
         self._forget: weakref.finalize[..., QueryModel] | None = None
-        self._batches: Batcher[Message, Answer] | None = None
+        self._batches: Batcher[tuple[Message, Passage], Answer] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Queries that wait."""
+        return 0 if self._batches is None else self._batches.num_waiting
 
     async def load(self, worker: ModelWorker) -> None:
         """Loads the task and its models.
@@ -99,7 +105,8 @@ class QueryModel:
 
     async def _run(self, items: Sequence[Message]) -> list[Answer | BaseException]:
         assert self._batches is not None, "load comes first"
-        return await self._batches.run(items)
+        with part("queue") as passage:  # for a batch
+            return await self._batches.run([(item, passage) for item in items])
 
     def _item(self, query: ModelQuery) -> Message:
         if isinstance(query, ExampleQuery):
@@ -126,8 +133,10 @@ class QueryModel:
                 raise UnavailableError(found["text"], retry_after_s=self._settings.retry_after_s)
 
 
-async def _sketched(worker: ModelWorker, key: str, items: Sequence[Message]) -> list[Answer]:
-    reply, arrays = await worker.sketch(key, items)
+async def _sketched(worker: ModelWorker, key: str, items: Sequence[tuple[Message, Passage]]) -> list[Answer]:
+    for _, passage in items:
+        passage.becomes("sketch")
+    reply, arrays = await worker.sketch(key, [item for item, _ in items])
     sketches = iter(arrays)
     return [
         result

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from loopsway.indexer import ExampleSketcher, Task, TaskError, load_sketcher, op
 from loopsway.indexer.sketches.weights import WeightMemory
 
 from .frames import LENGTH, Message, decoded, encoded
+from .logs import LogFormat, configure_logs
 
 SHARE = 0.5  # of the free memory that weights may take, unless told otherwise; batches and codes need the rest
 
@@ -134,7 +136,12 @@ class LoadedTask:
             ) from error
         except (LookupError, TypeError, AttributeError) as error:
             # Task authors index into the object without checking; the caller still deserves the blame and the hint.
-            _log.warning("%s.example_from_json failed without a ValueError", name, exc_info=True)
+            # The error's text may be the caller's own words, which are not for the log.
+            *_, place = traceback.extract_tb(error.__traceback__)
+            _log.warning(
+                "%s.example_from_json failed without a ValueError: %s at %s:%d",
+                *(name, type(error).__name__, place.filename, place.lineno),
+            )
             raise QueryError(
                 "invalid", f"not an example of {name}: its example_from_json could not read this JSON"
             ) from error
@@ -183,7 +190,8 @@ class ModelProcess:
                 for number in list(self._cancelled):  # ids ascend: what is older is done
                     if number <= message["id"]:
                         self._cancelled.discard(number)
-            self._connection.sendall(encoded(reply | {"id": message["id"]}, arrays))
+            held = {"held_checkpoints": self._memory.num_held, "held_bytes": self._memory.held_bytes}
+            self._connection.sendall(encoded(reply | held | {"id": message["id"]}, arrays))
 
     def _read(self) -> None:
         """Takes messages in as they come: a cancellation counts for what is under way."""
@@ -265,10 +273,10 @@ def _kind(error: Exception) -> str:
     return "invalid" if isinstance(error, ValueError | OSError) else "internal"
 
 
-def main(descriptor: int, device: str, model_bytes: int | None) -> None:
+def main(descriptor: int, device: str, model_bytes: int | None, log_format: LogFormat, log_level: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logs(log_format, log_level)
     ModelProcess(socket.socket(fileno=descriptor), device=device, model_bytes=model_bytes).run()
 
 

@@ -5,10 +5,10 @@ A stream's messages are checked by the servicer, which can refuse one of them al
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,7 +16,9 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from .errors import InvalidFieldError, RequestError
+from .handlers import wrapped
 from .limits import check_limits
+from .record import RECORD
 from .refusals import refuse, refuse_as_internal
 from .settings import Settings
 
@@ -37,17 +39,8 @@ class Reception(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler
-        parse = handler.request_deserializer
-        kind = "_".join(
-            "stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)
-        )
-        inner: Any = getattr(handler, kind)
-        received = self._messages if handler.request_streaming else self._message
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        wrapped = (
-            _streaming(inner, parse, received) if inspect.isasyncgenfunction(inner) else _plain(inner, parse, received)
-        )
-        return make(wrapped, response_serializer=handler.response_serializer)
+        receive = self._messages if handler.request_streaming else self._message
+        return wrapped(handler, _refusing, received=partial(receive, parse=handler.request_deserializer))
 
     async def _message(self, data: bytes, parse: Callable[[bytes], Message]) -> Message:
         message = _parsed(data, parse)
@@ -78,24 +71,9 @@ async def _refusing(context: Any) -> AsyncIterator[None]:
         await refuse_as_internal(context)
 
 
-def _plain(inner: Any, parse: Any, received: Callable[[Any, Any], Awaitable[Any]]) -> Any:
-    async def handle(data: Any, context: Any) -> Any:
-        async with _refusing(context):
-            return await inner(await received(data, parse), context)
-
-    return handle
-
-
-def _streaming(inner: Any, parse: Any, received: Callable[[Any, Any], Awaitable[Any]]) -> Any:
-    async def handle(data: Any, context: Any) -> AsyncIterator[Any]:
-        async with _refusing(context):
-            async for response in inner(await received(data, parse), context):
-                yield response
-
-    return handle
-
-
 def _parsed(data: bytes, parse: Callable[[bytes], Message]) -> Message:
+    if (record := RECORD.get()) is not None:
+        record.request_bytes += len(data)
     try:
         return parse(data)
     except DecodeError as error:

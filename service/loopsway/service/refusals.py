@@ -30,6 +30,7 @@ from .errors import (
     UnknownCallerError,
     UnknownNameError,
 )
+from .record import note
 
 _CODES: dict[type[RequestError], grpc.StatusCode] = {
     InvalidFieldError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -51,6 +52,17 @@ def code_of(error: RequestError) -> grpc.StatusCode:
     return _CODES[type(error)]
 
 
+def code_after_abort(context: Any) -> str:
+    """The name of the status that a request was refused with."""
+    return context.code().name
+
+
+def code_of_cancelled(context: Any) -> str:
+    """The name of the status that the caller sees of a request that was ended from outside."""
+    left = context.time_remaining()
+    return (grpc.StatusCode.CANCELLED if left is None or left > 0 else grpc.StatusCode.DEADLINE_EXCEEDED).name
+
+
 async def refuse_as_internal(context: Any) -> NoReturn:
     await _abort(context, grpc.StatusCode.INTERNAL, INTERNAL)
 
@@ -66,12 +78,14 @@ async def refuse(context: Any, error: RequestError) -> NoReturn:
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code = code_of(error)
+    note(refused_field=error.field)
     status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=text, details=_packed(details)))
     await _abort(context, code, text, status.trailing_metadata)
 
 
 async def _abort(context: Any, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()) -> NoReturn:
-    await context.abort(code, text, trailing_metadata=trailing_metadata)
+    # abort replaces what was set before.
+    await context.abort(code, text, trailing_metadata=(*(context.trailing_metadata() or ()), *trailing_metadata))
     raise AssertionError("abort raises")
 
 

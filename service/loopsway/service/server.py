@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,11 +23,17 @@ from loopsway.v1.attribution_pb2_grpc import add_AttributionServicer_to_server
 
 from .authentication import Authentication
 from .catalog import Catalog
-from .checks import check_exposure
+from .checks import check_exposure, check_tracing
 from .credentials import server_credentials
+from .logs import configure_logs
+from .metrics import Metrics
+from .observation import Observation
 from .reception import Reception
 from .servicer import Servicer
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Attribution"].full_name
 
@@ -34,13 +41,26 @@ _log = logging.getLogger(__name__)
 
 
 class Server:
-    """A bound server; `start` makes it answer, `stop` ends it. Made by `create_server`."""
+    """A bound server; `start` makes it answer, `stop` ends it. Made by `create_server`.
 
-    def __init__(self, settings: Settings) -> None:
+    Attributes:
+        catalog: the indices.
+        metrics: of its requests.
+        metrics_port: where they are. None: nowhere.
+    """
+
+    def __init__(self, settings: Settings, tracer_provider: Any = None) -> None:
         self.catalog, self._settings = Catalog(settings), settings
+        self.metrics = Metrics(self.catalog)
+        self.metrics_port: int | None = None
+        self._tracing = _tracing(settings, tracer_provider)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
         self._grpc = grpc.aio.server(
-            interceptors=[*([Authentication(settings.tokens)] if settings.tokens else []), Reception(settings)],
+            interceptors=[
+                Observation(self.metrics, self._tracing),
+                *([Authentication(settings.tokens)] if settings.tokens else []),
+                Reception(settings),
+            ],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -58,6 +78,12 @@ class Server:
         return ("", SERVICE, *self.catalog)
 
     def bind(self) -> int:
+        port = self._bind()
+        if self._settings.metrics_port is not None:
+            self.metrics_port = self.metrics.listen(self._settings.metrics_host, self._settings.metrics_port)
+        return port
+
+    def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
@@ -80,6 +106,9 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(self._settings.grace_s)
         await self.catalog.stop()
+        await asyncio.to_thread(self.metrics.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.stop)
 
     async def _report(self, names: Sequence[str], *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -87,8 +116,12 @@ class Server:
             await self._health.set(name, status)
 
 
-def create_server(settings: Settings) -> tuple[Server, int]:
+def create_server(settings: Settings, *, tracer_provider: Any = None) -> tuple[Server, int]:
     """A server, bound but not yet answering, and its port. Call it within the event loop that will run it.
+
+    Args:
+        settings: the indices, the limits and the address.
+        tracer_provider: OpenTelemetry's, for spans. None: as `settings.tracing` says.
 
     Raises:
         LoadError: a task may not run unasked.
@@ -97,7 +130,8 @@ def create_server(settings: Settings) -> tuple[Server, int]:
         OSError: the port can't be had.
     """
     check_exposure(settings)
-    server = Server(settings)
+    check_tracing(settings)
+    server = Server(settings, tracer_provider)
     return server, server.bind()
 
 
@@ -117,7 +151,7 @@ def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callabl
         FileNotFoundError, ValueError, OSError: as `create_server`.
     """
     # Nothing changes where the caller has set logging up.
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logs(settings.log_format, settings.log_level)
     asyncio.run(_serve(settings, ready_file, reread))
 
 
@@ -143,6 +177,14 @@ async def _serve(settings: Settings, ready_file: Path | None, reread: Callable[[
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
         await server.stop()
+
+
+def _tracing(settings: Settings, provider: Any) -> Tracing | None:
+    if provider is None and not settings.tracing:
+        return None
+    from .tracing import Tracing  # here: it is an extra's
+
+    return Tracing(provider)
 
 
 def _look_again(catalog: Catalog, reread: Callable[[], Settings] | None) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -22,6 +23,8 @@ from .catalog import Catalog
 from .engine import Engine
 from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
 from .limits import check_limits
+from .queries import Query
+from .record import note, part
 from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
 from .settings import Settings
 from .streams import StreamPlaces, in_order, taken_in, unstalled
@@ -58,7 +61,7 @@ class Servicer(AttributionServicer):
         async def answer() -> pb.GetIndexResponse:
             return pb.GetIndexResponse(index=await self._described(self._engine(request.index)))
 
-        return await self._answer("GetIndex", request.index, 0, context, answer)
+        return await _answered(context, answer)
 
     async def ListIndices(  # noqa: N802  # the proto's name
         self, request: pb.ListIndicesRequest, context: Any
@@ -67,68 +70,44 @@ class Servicer(AttributionServicer):
             names = sorted(allowed(self._engines))
             return pb.ListIndicesResponse(indices=[await self._described(self._engines[name]) for name in names])
 
-        return await self._answer("ListIndices", "", 0, context, answer)
+        return await _answered(context, answer)
 
     async def FindInfluences(  # noqa: N802  # the proto's name
         self, request: pb.FindInfluencesRequest, context: Any
     ) -> pb.FindInfluencesResponse:
-        return await self._answer(
-            "FindInfluences",
-            request.index,
-            len(request.queries),
-            context,
-            lambda: self._find_influences(request, _deadline(context)),
-        )
+        return await _answered(context, lambda: self._find_influences(request, _deadline(context)))
 
     async def StreamInfluences(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
         self, request_iterator: AsyncIterator[pb.StreamInfluencesRequest], context: Any
     ) -> None:
-        await self._answer(
-            "StreamInfluences", "", 0, context, lambda: self._stream_influences(request_iterator, context)
-        )
+        await _answered(context, lambda: self._stream_influences(request_iterator, context))
 
     async def GetTrajectories(  # noqa: N802  # the proto's name
         self, request: pb.GetTrajectoriesRequest, context: Any
     ) -> pb.GetTrajectoriesResponse:
-        return await self._answer(
-            "GetTrajectories", request.index, len(request.queries), context, lambda: self._get_trajectories(request)
-        )
+        return await _answered(context, lambda: self._get_trajectories(request))
 
     async def ScoreExamples(  # noqa: N802  # the proto's name
         self, request: pb.ScoreExamplesRequest, context: Any
     ) -> AsyncIterator[pb.ScoreExamplesResponse]:
-        responses = await self._answer(
-            "ScoreExamples",
-            request.index,
-            len(request.queries),
-            context,
-            lambda: self._score_examples(request, _deadline(context)),
-        )
-        while (response := await asyncio.to_thread(next, responses, None)) is not None:
+        responses = await _answered(context, lambda: self._score_examples(request, _deadline(context)))
+        while (response := await _encoded(lambda: next(responses, None))) is not None:
             yield response
 
     async def FindNeighbors(  # noqa: N802  # the proto's name
         self, request: pb.FindNeighborsRequest, context: Any
     ) -> pb.FindNeighborsResponse:
-        return await self._answer(
-            "FindNeighbors",
-            request.index,
-            len(request.example_ids),
-            context,
-            lambda: self._find_neighbors(request, _deadline(context)),
-        )
+        return await _answered(context, lambda: self._find_neighbors(request, _deadline(context)))
 
     async def SketchQueries(  # noqa: N802  # the proto's name
         self, request: pb.SketchQueriesRequest, context: Any
     ) -> pb.SketchQueriesResponse:
-        return await self._answer(
-            "SketchQueries", request.index, len(request.queries), context, lambda: self._sketch_queries(request)
-        )
+        return await _answered(context, lambda: self._sketch_queries(request))
 
     async def SketchGradients(  # noqa: N802  # the proto's name
         self, request_iterator: AsyncIterator[pb.SketchGradientsRequest], context: Any
     ) -> pb.SketchGradientsResponse:
-        return await self._answer("SketchGradients", "", 1, context, lambda: self._sketch_gradients(request_iterator))
+        return await _answered(context, lambda: self._sketch_gradients(request_iterator))
 
     async def _find_influences(
         self, request: pb.FindInfluencesRequest, deadline: float | None
@@ -137,7 +116,7 @@ class Servicer(AttributionServicer):
         counts = decoding.counts_from(request, settings)
         resolve = decoding.resolve_from(request.resolve)
         steps = decoding.steps_from(request.steps)
-        queries = decoding.queries_from(request.queries, engine.index, settings)
+        queries = self._queries(request.queries, engine)
         answers = await engine.find_influences(
             queries,
             k=max(counts),
@@ -163,10 +142,12 @@ class Servicer(AttributionServicer):
             )
         if request.include_trajectories:
             answers = await engine.with_curves(answers, resolve)
+        make = partial(encoding.influences_response, answers, engine.index)
         if count <= FEW_INFLUENCERS:
-            response = encoding.influences_response(answers, engine.index)
+            with part("encode"):
+                response = make()
         else:
-            response = await asyncio.to_thread(encoding.influences_response, answers, engine.index)
+            response = await _encoded(make)
         return self._fitting(response, "k")
 
     async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
@@ -200,9 +181,10 @@ class Servicer(AttributionServicer):
         engine, settings = self._engine(request.index), self._settings
         resolve = decoding.trajectory_resolve_from(request.resolve)
         example_ids = decoding.example_ids_from(request.example_ids, settings)
-        queries = decoding.queries_from(request.queries, engine.index, settings)
+        queries = self._queries(request.queries, engine)
         answer = await engine.trajectories(queries, example_ids, resolve)
-        return self._fitting(encoding.trajectories_response(answer, engine.index), "example_ids")
+        response = await _encoded(lambda: encoding.trajectories_response(answer, engine.index))
+        return self._fitting(response, "example_ids")
 
     async def _score_examples(
         self, request: pb.ScoreExamplesRequest, deadline: float | None
@@ -210,7 +192,7 @@ class Servicer(AttributionServicer):
         engine = self._engine(request.index)
         resolve = decoding.resolve_from(request.resolve)
         fractions, least = decoding.fractions_from(request), decoding.least_magnitude_from(request)
-        queries = decoding.queries_from(request.queries, engine.index, self._settings)
+        queries = self._queries(request.queries, engine)
         resolved, scores = await engine.scores(
             queries,
             resolve=resolve,
@@ -225,6 +207,7 @@ class Servicer(AttributionServicer):
     ) -> pb.FindNeighborsResponse:
         engine, settings = self._engine(request.index), self._settings
         example_ids = decoding.compared_ids_from(request.example_ids, settings)
+        note(num_queries=len(example_ids))
         found = await engine.neighbors(
             example_ids,
             k=decoding.k_from(request, settings),
@@ -235,12 +218,13 @@ class Servicer(AttributionServicer):
             deadline=deadline,
             require_full_coverage=request.require_full_coverage,
         )
-        return self._fitting(await asyncio.to_thread(encoding.neighbors_response, found, engine.index), "k")
+        return self._fitting(await _encoded(lambda: encoding.neighbors_response(found, engine.index)), "k")
 
     async def _sketch_queries(self, request: pb.SketchQueriesRequest) -> pb.SketchQueriesResponse:
         engine = self._engine(request.index)
-        queries = decoding.queries_from(request.queries, engine.index, self._settings)
-        return self._fitting(encoding.sketches_response(await engine.sketches(queries), engine.index), "queries")
+        queries = self._queries(request.queries, engine)
+        resolved = await engine.sketches(queries)
+        return self._fitting(await _encoded(lambda: encoding.sketches_response(resolved, engine.index)), "queries")
 
     async def _sketch_gradients(self, requests: AsyncIterator[pb.SketchGradientsRequest]) -> pb.SketchGradientsResponse:
         def index_of(name: str) -> Index:
@@ -249,24 +233,30 @@ class Servicer(AttributionServicer):
 
         with self._streams.place():
             timed = unstalled(aiter(requests), self._settings.stall_s)
+            note(num_queries=1)
             index, values = await gradients.sketched(timed, index_of, self._settings)
         sketch = pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(values))
         return pb.SketchGradientsResponse(sketch=sketch, index=index.name)
 
     async def _described(self, engine: Engine) -> pb.Index:
-        return await asyncio.to_thread(encoding.index_message, engine)
+        return await _encoded(lambda: encoding.index_message(engine))
 
     def _engine(self, name: str) -> Engine:
         """The engine of an index that the caller may use."""
         name, engines = self._engines.index_name(name), allowed(self._engines)
         if not name and len(engines) == 1:
-            return next(iter(engines.values()))
+            (name,) = engines
         check_allowed(name)
         if not name:
             raise InvalidFieldError(f"index is empty, and this server has several: {_listed(engines)}", field="index")
         if name not in engines:
             raise UnknownNameError(f"this server has no index {name!r}, only {_listed(engines)}", field="index")
+        note(index=name)
         return engines[name]
+
+    def _queries(self, given: Sequence[pb.Query], engine: Engine) -> list[Query]:
+        note(num_queries=len(given))
+        return decoding.queries_from(given, engine.index, self._settings)
 
     def _fitting(self, response: _Response, field: str) -> _Response:
         size, limit = response.ByteSize(), self._settings.max_message_bytes
@@ -276,25 +266,22 @@ class Servicer(AttributionServicer):
             )
         return response
 
-    async def _answer(
-        self, method: str, index: str, queries: int, context: Any, answer: Callable[[], Awaitable[_Answer]]
-    ) -> _Answer:
-        """Runs `answer`, writes its line in the log, and gives a failure its status."""
-        start, code = time.monotonic(), "CANCELLED"
-        try:
-            response = await answer()
-            code = "OK"
-            return response
-        except RequestError as error:
-            code = code_of(error).name
-            await refuse(context, error)
-        except Exception:
-            code = "INTERNAL"
-            _log.exception("%s failed", method)
-            await refuse_as_internal(context)
-        finally:
-            seconds = time.monotonic() - start
-            _log.info("method=%s index=%r queries=%d seconds=%.4f code=%s", method, index, queries, seconds, code)
+
+async def _answered(context: Any, answer: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """What `answer` gives; its failure becomes the request's status."""
+    try:
+        return await answer()
+    except RequestError as error:
+        await refuse(context, error)
+    except Exception:
+        _log.exception("a request failed")
+        await refuse_as_internal(context)
+
+
+async def _encoded(make: Callable[[], _Answer]) -> _Answer:
+    """What `make` makes of an answer, in a thread."""
+    with part("encode"):
+        return await asyncio.to_thread(make)
 
 
 def _deadline(context: Any) -> float | None:

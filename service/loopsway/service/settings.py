@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .faults import settings_error
+from .logs import LogFormat
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -128,6 +129,12 @@ class Settings(BaseSettings):
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         grace_s: seconds that running requests get to finish on shutdown.
+        log_format: of each line on stderr.
+        log_level: of what Loopsway says there.
+        metrics_port: where Prometheus finds metrics, over plain HTTP; 0 lets the system pick. None: nowhere.
+        metrics_host: address of that port.
+        metrics_insecure_bind: listen there even if others reach it, who learn indices' names and how they are used.
+        tracing: send spans over OTLP, to where the variables OTEL_EXPORTER_OTLP_... say; needs the extra `otel`.
     """
 
     model_config = SettingsConfigDict(
@@ -167,6 +174,12 @@ class Settings(BaseSettings):
     reload_poll_s: Seconds = 5.0
     search_threads: Positive = 2
     grace_s: Seconds = 10.0
+    log_format: LogFormat = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_host: str = "127.0.0.1"
+    metrics_insecure_bind: bool = False
+    tracing: bool = False
 
     def __init__(self, **values: Any) -> None:
         try:

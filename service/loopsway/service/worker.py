@@ -62,6 +62,11 @@ class ModelWorker:
         """Keys of what is loaded."""
         return list(self._loads)
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many checkpoints' weights are in its memory, and their bytes, as it last said."""
+        return self._life.held if self._life is not None else (0, 0)
+
     async def load(self, key: str, facts: Message) -> None:
         """Loads a task and its models, in this process and in every later one.
 
@@ -122,7 +127,7 @@ class ModelWorker:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> _Life:
-        life = await _Life.begin(self._device, self._settings.model_bytes)
+        life = await _Life.begin(self._device, self._settings)
         self.num_starts += 1
         try:
             for key in list(self._loads):
@@ -178,6 +183,7 @@ class _Life:
     Attributes:
         process: it.
         reading: done when it has closed its end of the socket, which it does only by ending.
+        held: as of `ModelWorker`.
     """
 
     def __init__(
@@ -186,13 +192,18 @@ class _Life:
         self.process, self._reader, self._writer = process, reader, writer
         self._pending: dict[int, asyncio.Future[Reply]] = {}
         self._ids = count()
+        self.held = (0, 0)
         self.reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def begin(cls, device: str, model_bytes: int | None) -> _Life:
+    async def begin(cls, device: str, settings: Settings) -> _Life:
         ours, theirs = socket.socketpair()
         with theirs:
-            facts = {"descriptor": theirs.fileno(), "device": device, "model_bytes": model_bytes}
+            facts = {
+                "descriptor": theirs.fileno(),
+                "device": device,
+                **settings.model_dump(include={"model_bytes", "log_format", "log_level"}),
+            }
             # A fresh interpreter, not a fork: what runs threads, as torch and gRPC do, hangs in a forked child.
             process = subprocess.Popen(
                 [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts)],
@@ -246,6 +257,7 @@ class _Life:
             while True:
                 (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 reply, arrays = decoded(await self._reader.readexactly(length))
+                self.held = (reply["held_checkpoints"], reply["held_bytes"])
                 future = self._pending.get(reply["id"])
                 if future is not None and not future.done():
                     future.set_result((reply, arrays))

@@ -34,6 +34,10 @@ class WeightMemory:
         self._held: dict[Hashable, tuple[int, Callable[[], None]]] = {}  # the last used last
 
     @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    @property
     def held_bytes(self) -> int:
         return sum(size for size, _ in self._held.values())
 

@@ -1,0 +1,136 @@
+"""A server's metrics for Prometheus, on an HTTP port of their own.
+
+Labels are names that the server knows, never what a caller wrote. What can be looked up (queues, models, generations)
+is looked up when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .catalog import Catalog
+from .record import PartName, Record
+
+# From a search in a small index to a sketch that waits for its model to be loaded.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Args:
+        catalog: what the server serves.
+
+    Attributes:
+        registry: that they are in.
+        in_flight: requests that are being answered or wait.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.in_flight = Gauge("loopsway_requests_in_flight", "Requests that run or wait.", registry=registry)
+        labels = ("index", "method", "code")
+        self._requests = Counter("loopsway_requests", "Requests that came to their end.", labels, registry=registry)
+        self._seconds = Histogram(
+            "loopsway_request_seconds", "From a request's arrival to its encoded answer.", labels,
+            buckets=BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._parts = Histogram(
+            "loopsway_part_seconds",
+            "Parts of requests: waiting (queue), the model (sketch), the index (search), making the answer (encode).",
+            ("index", "method", "part"), buckets=BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._queries = Counter(
+            "loopsway_queries", "Queries, or examples that were asked about.", ("index", "method"), registry=registry
+        )
+        self._request_bytes = Counter(
+            "loopsway_request_bytes", "Bytes of requests' messages.", ("method",), registry=registry
+        )
+        self._response_bytes = Counter(
+            "loopsway_response_bytes", "Bytes of answers' messages.", ("method",), registry=registry
+        )
+        registry.register(_State(catalog))
+        for kind in (ProcessCollector, PlatformCollector, GCCollector):
+            kind(registry=registry)
+        self._http: WSGIServer | None = None
+
+    def part(self, record: Record, name: PartName, seconds: float) -> None:
+        self._parts.labels(record.index, record.method, name).observe(seconds)
+
+    def end(self, record: Record, seconds: float) -> None:
+        self._requests.labels(record.index, record.method, record.code).inc()
+        self._seconds.labels(record.index, record.method, record.code).observe(seconds)
+        self._queries.labels(record.index, record.method).inc(record.num_queries)
+        self._request_bytes.labels(record.method).inc(record.request_bytes)
+        self._response_bytes.labels(record.method).inc(record.response_bytes)
+
+    def listen(self, host: str, port: int) -> int:
+        """Answers `GET /metrics` in a thread from now on; gives the port.
+
+        Raises:
+            OSError: the port can't be had.
+        """
+        try:
+            self._http, _ = start_http_server(port, host, registry=self.registry)
+        except OSError as error:
+            raise OSError(f"metrics can't be had on {host}:{port}: {error.strerror}; metrics_port 0 picks a free port"
+                          ) from error  # fmt: skip
+        return self._http.server_port
+
+    def close(self) -> None:
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http = None
+
+
+class _State(Collector):
+    """What the server is like at the moment of asking."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # or registering it would ask the catalog
+
+    def collect(self) -> Iterator[Metric]:
+        admitted = _of_index("loopsway_requests_admitted", "Requests that an index runs or lets wait.")
+        waiting = _of_index("loopsway_queries_waiting", "Queries that wait for their index's model.")
+        generations = _of_index("loopsway_index_generation", "The generation that an index answers from.")
+        examples = _of_index("loopsway_index_examples", "Examples that an index answers from.")
+        for name, engine in self._catalog.items():
+            admitted.add_metric([name], engine.num_admitted)
+            waiting.add_metric([name], engine.num_waiting)
+            generations.add_metric([name], engine.index.generation)
+            examples.add_metric([name], engine.index.num_examples)
+        yield from (admitted, waiting, generations, examples)
+        reloads = CounterMetricFamily(
+            "loopsway_reloads", "New generations, by what became of them.", labels=("index", "outcome")
+        )
+        for (name, outcome), count in list(self._catalog.reloads.items()):
+            reloads.add_metric([name, outcome], count)
+        yield reloads
+        worker = self._catalog.worker
+        yield CounterMetricFamily(
+            "loopsway_model_process_starts", "Starts of the models' process.", value=worker.num_starts
+        )
+        yield GaugeMetricFamily("loopsway_models_resident", "Checkpoints in memory.", value=worker.held[0])
+        yield GaugeMetricFamily("loopsway_model_bytes", "Bytes of their weights.", value=worker.held[1])
+
+
+def _of_index(name: str, what: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, what, labels=("index",))

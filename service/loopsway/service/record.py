@@ -1,0 +1,104 @@
+"""What is noted of a request while it is answered: its id, whose it is, what it asks, and how long each part takes.
+
+Whoever does a part says so with `part`; observation.py reads the record at the end. Knows no gRPC, no logs, no metrics.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+PartName: TypeAlias = Literal["queue", "sketch", "search", "encode"]
+OnPart: TypeAlias = Callable[["Record", PartName, int, int], object]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+@dataclass(kw_only=True, eq=False)
+class Record:
+    """One request.
+
+    Attributes:
+        method: a name that the server knows.
+        request_id: the caller's, or made here.
+        on_part: is told each part with its beginning and end, by `time.monotonic_ns()`.
+        index: that it is answered from, by its own name and not the caller's; "" where it came to none.
+        token: the name of the caller's token; "" for none.
+        num_queries: or examples, over all batches of a stream.
+        request_bytes: of its messages.
+        response_bytes: of its answers.
+        refused_field: of the request that it was refused for.
+        code: the gRPC status, by name.
+        span: of tracing.py. None: it is not traced.
+        seconds: of each part; batches of a stream are answered side by side, so that these may be more than it took.
+        start_ns: when it came, by `time.monotonic_ns()`.
+    """
+
+    method: str
+    request_id: str
+    on_part: OnPart
+    index: str = ""
+    token: str = ""
+    num_queries: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+    refused_field: str = ""
+    code: str = "CANCELLED"  # unless it comes to an end of its own
+    span: Any = None
+    seconds: dict[PartName, float] = field(default_factory=dict)
+    start_ns: int = field(default_factory=time.monotonic_ns)
+
+
+# Of the request that the present asyncio task answers. None: what is done is no request's, as in a warm-up.
+RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
+
+
+def note(*, index: str = "", token: str = "", refused_field: str = "", num_queries: int = 0) -> None:
+    """Notes what is found out of the request under way; queries add up."""
+    record = RECORD.get()
+    if record is not None:
+        record.index, record.token = index or record.index, token or record.token
+        record.refused_field = refused_field or record.refused_field
+        record.num_queries += num_queries
+
+
+class Passage:
+    """A stretch of a request's time that begins as one part and may become another, told from any thread."""
+
+    def __init__(self, name: PartName) -> None:
+        self._marks: list[tuple[PartName, int]] = [(name, time.monotonic_ns())]
+
+    def becomes(self, name: PartName) -> None:
+        if self._marks[-1][0] != name:
+            self._marks.append((name, time.monotonic_ns()))
+
+    def parts(self) -> Iterator[tuple[PartName, int, int]]:
+        """Each part until now with its beginning and end."""
+        marks = list(self._marks)
+        ends = [*(start for _, start in marks[1:]), time.monotonic_ns()]
+        for (name, start), end in zip(marks, ends, strict=True):
+            yield name, start, end
+
+
+@contextmanager
+def part(name: PartName) -> Iterator[Passage]:
+    """What is done in here is this part of the request under way."""
+    passage, record = Passage(name), RECORD.get()
+    try:
+        yield passage
+    finally:
+        if record is not None:
+            for found, start, end in passage.parts():
+                record.seconds[found] = record.seconds.get(found, 0.0) + (end - start) / 1e9
+                record.on_part(record, found, start, end)
+
+
+def request_id_from(given: str | None) -> str:
+    """The caller's id if it is one, else a new one: an id stands in logs, and must not break them."""
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
