@@ -13,9 +13,9 @@ import numpy as np
 
 from loopsway.indexer import Index
 from loopsway.indexer.config import Resolve
-from loopsway.indexer.curation.neighbors import By
 from loopsway.indexer.curation.score_table import Fractions
 from loopsway.indexer.search.index import TrajectoryResolve
+from loopsway.indexer.search.nearest import By
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from loopsway.indexer import FilterError, Index, IndexDamagedError, Neighbors, Ranking, Scores, find_neighbors
 from loopsway.indexer.config import Resolve
-from loopsway.indexer.curation.neighbors import By
 from loopsway.indexer.search.index import TrajectoryResolve
+from loopsway.indexer.search.nearest import By
 from loopsway.indexer.search.sharded import ShardsUnavailableError
 
 from .errors import InvalidFieldError, PreconditionError, QueueFullError, UnavailableError, UnknownNameError
