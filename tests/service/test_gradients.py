@@ -218,7 +218,7 @@ def test_a_wrong_stream_is_an_invalid_argument_that_names_the_field(
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert text in error.details()
     with Client(served.target) as client, pytest.raises(InvalidQueryError) as told:
-        client._call(client._stub.SketchGradients, iter(requests), 60)  # type: ignore[arg-type]
+        client._call(client._stub.SketchGradients, iter(requests), 60, None)  # type: ignore[arg-type]
     assert (told.value.field or "").startswith(field)
 
 
