@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from bench_search import BATCHES, K, code_blocks, draw, right_ids, stored_slot
 from looped_gpt import Shape, synthetic_texts
-from measurement import markdown_table
+from measurement import markdown_table, median_seconds
 from sdi import ProjectedTracInSDI
 from sketch_models import WORKLOADS, Workload
 from torch import Tensor, nn
@@ -65,27 +63,19 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@dataclass(frozen=True)
 class Timer:
     """Medians of calls in turns, on one device."""
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self._device, self._repeats = device, repeats
+    device: torch.device
+    repeats: int
 
     def medians(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        durations: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(self._repeats + 2):
-            for name, call in calls.items():
-                self._wait()
-                begin = time.perf_counter()
-                call()
-                self._wait()
-                if turn > 1:
-                    durations[name].append(time.perf_counter() - begin)
-        return {name: statistics.median(values) for name, values in durations.items()}
+        return median_seconds(calls, self.repeats, self._wait)
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def model_rows(workload: Workload, device: torch.device, timer: Timer) -> list[list[str]]:

@@ -30,14 +30,22 @@ def parse_arguments(parser: argparse.ArgumentParser, *, threads: int = 1) -> arg
     return arguments
 
 
-def median_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median duration of each call; one round calls each of them once, and a first round is not counted."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def median_seconds(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, wait: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """The median duration of each call; one round calls each of them once, and a first round is not counted.
+
+    `wait` ends when what a call left to a device is done: then the time is that of the wall, whatever the threads.
+    """
+    by_process = wait is None and torch.get_num_threads() == 1
+    clock, wait = time.process_time if by_process else time.perf_counter, wait or (lambda: None)
     durations: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
+            wait()
             begin = clock()
             call()
+            wait()
             if turn:
                 durations[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in durations.items()}

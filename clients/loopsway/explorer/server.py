@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from loopsway.client import AsyncClient
+from loopsway.client.credentials import is_loopback_host
 
 from .app import create_app
 
@@ -45,7 +45,7 @@ class Explorer:
             ValueError: the host would expose the explorer.
             OSError: the port can't be had.
         """
-        if not insecure_bind and not _is_loopback(host):
+        if not insecure_bind and not is_loopback_host(host):
             raise ValueError(
                 f"host {host} is not loopback, and whoever reaches the explorer could read the training examples: use "
                 "127.0.0.1 (and a tunnel), or set insecure_bind if the network is trusted"
@@ -97,12 +97,3 @@ def _url(host: str, port: int) -> str:
     """What to open; an address that stands for all of this machine's is opened by the loopback one."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -55,12 +55,16 @@ class Influences:
     curves: Curves | None = None
 
     @property
+    def influencers(self) -> tuple[str, ...]:
+        """Ids of all in the rankings, as often as they are there."""
+        rankings = (self.ranking.total, *self.ranking.steps)
+        return tuple(each for ranking in rankings for ranked in (ranking.proponents, ranking.opponents)
+                     for each in ranked.example_ids)  # fmt: skip
+
+    @property
     def example_ids(self) -> tuple[str, ...]:
         """Of all in the rankings, each once."""
-        rankings = (self.ranking.total, *self.ranking.steps)
-        named = (each for ranking in rankings for ranked in (ranking.proponents, ranking.opponents)
-                 for each in ranked.example_ids)  # fmt: skip
-        return tuple(dict.fromkeys(named))
+        return tuple(dict.fromkeys(self.influencers))
 
     def cut(self, num_proponents: int, num_opponents: int) -> Influences:
         """With so many of each sign in each ranking, at the most."""

@@ -128,12 +128,7 @@ class Servicer(AttributionServicer):
             require_full_coverage=request.require_full_coverage,
         )
         answers = [answer.cut(*counts) for answer in answers]
-        count = sum(
-            len(ranked.example_ids)
-            for answer in answers
-            for ranking in (answer.ranking.total, *answer.ranking.steps)
-            for ranked in (ranking.proponents, ranking.opponents)
-        )
+        count = sum(len(answer.influencers) for answer in answers)
         if count > settings.max_influencers:
             raise InvalidFieldError(
                 f"the answer has {count} influencers, expected at most {settings.max_influencers}: lower k, name "
@@ -143,12 +138,7 @@ class Servicer(AttributionServicer):
         if request.include_trajectories:
             answers = await engine.with_curves(answers, resolve)
         make = partial(encoding.influences_response, answers, engine.index)
-        if count <= FEW_INFLUENCERS:
-            with part("encode"):
-                response = make()
-        else:
-            response = await _encoded(make)
-        return self._fitting(response, "k")
+        return self._fitting(await _encoded(make, in_thread=count > FEW_INFLUENCERS), "k")
 
     async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
         settings = self._settings
@@ -278,10 +268,10 @@ async def _answered(context: Any, answer: Callable[[], Awaitable[_Answer]]) -> _
         await refuse_as_internal(context)
 
 
-async def _encoded(make: Callable[[], _Answer]) -> _Answer:
-    """What `make` makes of an answer, in a thread."""
+async def _encoded(make: Callable[[], _Answer], *, in_thread: bool = True) -> _Answer:
+    """What `make` makes of an answer."""
     with part("encode"):
-        return await asyncio.to_thread(make)
+        return await asyncio.to_thread(make) if in_thread else make()
 
 
 def _deadline(context: Any) -> float | None:
