@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ from grpc_status import rpc_status
 from loopsway.client import Client, ExampleQuery, UnavailableError
 from loopsway.indexer import Checkpoint, Index, load_task
 from loopsway.indexer.sketches.weights import size_of
+from loopsway.service.frames import encoded
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
 from serving import QUERIES, TASK_SPEC, Served, assert_alike, wait_for
@@ -69,6 +73,21 @@ def test_a_killed_model_process_costs_the_queries_under_way_and_nothing_else(
     assert worker.num_starts == 2
     health: Any = health_pb2_grpc.HealthStub(served.channel)
     assert health.Check(health_pb2.HealthCheckRequest(service="tiny")).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.shutdown(socket.SHUT_RD)  # nobody reads its answers any more
+        facts = {"device": "cpu", "model_bytes": None, "log_format": "json", "log_level": "info"}
+        ended = subprocess.Popen(
+            [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts | {"descriptor": theirs.fileno()})],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+        ours.sendall(encoded({"kind": "forget", "key": "none", "id": 0}))
+        assert ended.communicate(timeout=60) == (None, b"")
+        assert ended.returncode == 0
 
 
 def test_a_process_that_dies_again_is_started_after_a_pause(serve: Callable[..., Served]) -> None:

@@ -174,7 +174,7 @@ class ModelProcess:
         self._cancelled: set[int] = set()
 
     def run(self) -> None:
-        """Never returns."""
+        """Until the server has closed the socket."""
         threading.Thread(target=self._read, daemon=True).start()
         while True:
             message = self._waiting.get()
@@ -191,7 +191,10 @@ class ModelProcess:
                     if number <= message["id"]:
                         self._cancelled.discard(number)
             held = {"held_checkpoints": self._memory.num_held, "held_bytes": self._memory.held_bytes}
-            self._connection.sendall(encoded(reply | held | {"id": message["id"]}, arrays))
+            try:
+                self._connection.sendall(encoded(reply | held | {"id": message["id"]}, arrays))
+            except ConnectionError:
+                return  # the server ended meanwhile
 
     def _read(self) -> None:
         """Takes messages in as they come: a cancellation counts for what is under way."""
