@@ -81,7 +81,12 @@ def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:
         ours.shutdown(socket.SHUT_RD)  # nobody reads its answers any more
         facts = {"device": "cpu", "model_bytes": None, "log_format": "json", "log_level": "info"}
         ended = subprocess.Popen(
-            [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts | {"descriptor": theirs.fileno()})],
+            [
+                sys.executable,
+                "-m",
+                "loopsway.service.model_process",
+                json.dumps(facts | {"descriptor": theirs.fileno()}),
+            ],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
         )
