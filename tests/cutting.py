@@ -19,7 +19,7 @@ from looped import LoopedTask
 from loopsway.indexer import SketchConfig, build_index
 from loopsway.indexer.building import blocks
 from loopsway.indexer.search import slot
-from loopsway.indexer.store import generation, lock, manifest
+from loopsway.indexer.store import entries, lock, manifest
 
 COUNT, BLOCK_ROWS, BATCH_SIZE = 50, 16, 8
 CONFIG = SketchConfig(width=256, bits=1)
@@ -115,9 +115,9 @@ def _kill_at(point: Point, path: Path | str) -> None:
         case "in a block":
             _kill(blocks.BlockSketcher, "_coded_batch", call=4)
         case "after chunks":
-            _kill(generation, "write_sealed", call=2)
+            _kill(entries, "write_sealed", call=2)
         case "after an entry":
-            _kill(generation, "write_sealed", call=2, before=False)
+            _kill(entries, "write_sealed", call=2, before=False)
         case "while indexing":
             _kill(slot.Slot, "build", call=3)
         case "before publishing":

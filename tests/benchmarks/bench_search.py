@@ -27,8 +27,9 @@ from loopsway.indexer.config import SketchConfig
 from loopsway.indexer.search.device_scan import device_scan
 from loopsway.indexer.search.slot import Slot, open_slots
 from loopsway.indexer.sketches.coding import code_examples
+from loopsway.indexer.store.entries import CodedExamples
 from loopsway.indexer.store.folders import LocalFolder
-from loopsway.indexer.store.generation import CodedExamples, Generation
+from loopsway.indexer.store.generation import Generation
 from loopsway.indexer.store.manifest import Plan
 from loopsway.indexer.store.row_table import ROWS, write_row_table
 

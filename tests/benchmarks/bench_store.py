@@ -37,8 +37,9 @@ from loopsway.indexer.search.faiss_index import import_faiss
 from loopsway.indexer.search.shards import shard_rows
 from loopsway.indexer.sketches.coding import Codes, code_examples, row_bytes
 from loopsway.indexer.stopping import Stop
+from loopsway.indexer.store.entries import CodedExamples
 from loopsway.indexer.store.folders import LocalFolder
-from loopsway.indexer.store.generation import CodedExamples, Generation
+from loopsway.indexer.store.generation import Generation
 from loopsway.indexer.store.manifest import PLAN, Plan
 from loopsway.indexer.store.sealed import write_sealed
 

@@ -35,8 +35,9 @@ from loopsway.indexer.search.filters import matching_rows
 from loopsway.indexer.search.shards import EXTRA_CANDIDATES, MOST_CANDIDATES
 from loopsway.indexer.search.slot import open_slots
 from loopsway.indexer.sketches.coding import code_examples
+from loopsway.indexer.store.entries import CodedExamples
 from loopsway.indexer.store.folders import LocalFolder
-from loopsway.indexer.store.generation import CodedExamples, Generation
+from loopsway.indexer.store.generation import Generation
 from loopsway.indexer.store.manifest import Manifest
 from loopsway.indexer.store.row_table import ROWS, write_row_table
 

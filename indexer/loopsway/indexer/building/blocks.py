@@ -14,7 +14,7 @@ import torch
 from ..gradients.losses import NonFiniteError
 from ..sketches.coding import Codes, code_examples, code_shape
 from ..sketches.features import ExampleSketcher, ExampleSketches
-from ..store.generation import CodedExamples, Skipped
+from ..store.entries import CodedExamples, Skipped
 from ..store.manifest import Plan
 from ..task import Task
 

@@ -20,8 +20,9 @@ from ..search.shards import shard_rows
 from ..sketches.coding import Codes, row_bytes
 from ..stopping import stop_on_signals
 from ..store.addresses import open_folder
+from ..store.entries import CodedExamples
 from ..store.folders import Folder, clear_storage_errors
-from ..store.generation import CodedExamples, Generation
+from ..store.generation import Generation
 from ..store.lock import writer_lock
 from ..store.manifest import PLAN, Manifest, Plan, history_file
 from ..store.output import write_table

@@ -15,9 +15,10 @@ from ..progress import BuildProgress
 from ..search.contents import EXAMPLES, RECALL, SKIPPED
 from ..search.slot import open_slots
 from ..stopping import Stop
+from ..store.entries import Skipped
 from ..store.files import json_bytes
 from ..store.folders import FileFacts, Folder, facts_of
-from ..store.generation import ARRAYS, ROW_AXES, Generation, Skipped
+from ..store.generation import ARRAYS, ROW_AXES, Generation
 from ..store.manifest import Manifest, Part
 from ..store.output import write_table
 from ..store.row_table import ROWS, write_row_table

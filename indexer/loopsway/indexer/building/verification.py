@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..progress import BuildProgress
 from ..store.addresses import open_folder
+from ..store.entries import entry_file
 from ..store.folders import Folder, IndexDamagedError
-from ..store.generation import Generation, entry_file
+from ..store.generation import Generation
 from ..store.manifest import MANIFEST, PLAN, Manifest, history_file
 from ..store.sealed import SealError, read_sealed
 

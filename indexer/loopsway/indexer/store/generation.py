@@ -1,13 +1,13 @@
-"""The Zarr arrays of one generation, and the entries of its finished blocks.
+"""The Zarr arrays of one generation, block by block.
 
 N rows (examples), S steps, K checkpoints, L stored values of a row.
 
     step_codes [S, N, L], total_codes [N, L]                chunks of one step and one block
     step_factors, step_norms [S, N]; total_* [N]; losses [K, N]   float32, chunks of one block, fill NaN
 
-A block of rows owns whole chunks, so no two writers share one. It is done when its entry `blocks/NNNNNN.json` is there;
-chunks are written, and made durable, before. The entry holds a digest of each chunk. Chunks are uncompressed (sketches
-don't compress) with a CRC-32C at the end, so that rows can be read through a memory map.
+A block of rows owns whole chunks, so no two writers share one. It is done when its entry (entries.py) is there; chunks
+are written, and made durable, before. The entry holds a digest of each chunk. Chunks are uncompressed (sketches don't
+compress) with a CRC-32C at the end, so that rows can be read through a memory map.
 
 This file knows no model, no FAISS and no manifest.
 """
@@ -15,9 +15,8 @@ This file knows no model, no FAISS and no manifest.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,88 +25,18 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..sketches.coding import Codes, code_shape
+from ..sketches.coding import code_shape
+from .entries import BlockEntry, CodedExamples, finished_blocks
 from .files import bytes_digest
 from .folders import Folder, IndexDamagedError, StorageError
 from .manifest import Plan
-from .sealed import SealError, read_sealed, write_sealed
 
 ARRAYS = "arrays.zarr"
-BLOCKS = "blocks"
 SMALL_ARRAYS = ("step_factors", "total_factors", "step_norms", "total_norms")
 READS = 16  # of entries, at once
 # Of each array, the dimension of the rows.
 ROW_AXES = {"step_codes": 1, "step_factors": 1, "step_norms": 1, "total_codes": 0, "total_factors": 0, "total_norms": 0,
             "losses": 1}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """An example without a finite loss or gradient.
-
-    Attributes:
-        row: of the generation.
-        reason: what is not finite, and at which checkpoint.
-    """
-
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CodedExamples:
-    """Coded rows of n consecutive examples: a batch's, or a block's.
-
-    Attributes:
-        steps: codes of [n * S] rows, example after example.
-        total: codes of [n] rows.
-        losses: [K, n]; NaN for those that were skipped.
-        steps_without_gradient: in every one of the examples.
-        skipped: those whose rows are zeros because their loss or gradient is not finite.
-    """
-
-    steps: Codes
-    total: Codes
-    losses: np.ndarray
-    steps_without_gradient: tuple[int, ...]
-    skipped: tuple[Skipped, ...] = ()
-
-    @classmethod
-    def joined(cls, parts: Sequence[CodedExamples]) -> CodedExamples:
-        silent = [set(part.steps_without_gradient) for part in parts]
-        return cls(
-            steps=Codes.joined([part.steps for part in parts]),
-            total=Codes.joined([part.total for part in parts]),
-            losses=np.concatenate([part.losses for part in parts], axis=1),
-            steps_without_gradient=tuple(sorted(silent[0].intersection(*silent[1:]))),
-            skipped=tuple(each for part in parts for each in part.skipped),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockEntry:
-    """What is kept of a finished block.
-
-    Attributes:
-        loss_sums: [K], of its examples without the skipped ones.
-        steps_without_gradient: in every one of the examples.
-        skipped: those whose rows are zeros.
-        digests: of the block's part of each array, by the chunk's path in `arrays.zarr`.
-    """
-
-    block: int
-    num_rows: int
-    loss_sums: tuple[float, ...]
-    steps_without_gradient: tuple[int, ...]
-    skipped: tuple[Skipped, ...]
-    digests: dict[str, str]
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BlockEntry:
-        made = {**data, "skipped": tuple(Skipped(**each) for each in data["skipped"])}
-        for name in ("loss_sums", "steps_without_gradient"):
-            made[name] = tuple(data[name])
-        return cls(**made)
 
 
 class Generation:
@@ -178,7 +107,7 @@ class Generation:
             skipped=coded.skipped,
             digests=digests,
         )
-        write_sealed(self.folder, entry_file(block), asdict(entry))
+        entry.write(self.folder)
 
     def finished(self) -> dict[int, BlockEntry]:
         """Entries of the finished blocks, by block.
@@ -186,7 +115,7 @@ class Generation:
         Raises:
             IndexDamagedError: one can't be read.
         """
-        blocks = [int(Path(file).stem) for file in self.folder.files(BLOCKS) if file.endswith(".json")]
+        blocks = finished_blocks(self.folder)
         with ThreadPoolExecutor(READS) as pool:
             return dict(zip(blocks, pool.map(self.entry, blocks), strict=True))
 
@@ -196,12 +125,7 @@ class Generation:
         Raises:
             IndexDamagedError: it is missing or can't be read.
         """
-        try:
-            return BlockEntry.from_dict(read_sealed(self.folder, entry_file(block)))
-        except FileNotFoundError as error:
-            raise IndexDamagedError(f"the entry of block {block} is missing") from error
-        except SealError as error:
-            raise IndexDamagedError(str(error)) from error
+        return BlockEntry.read(self.folder, block)
 
     def damages(self, block: int) -> Iterator[tuple[str, str]]:
         """Reads a finished block whole; yields the file of each chunk that is not what was written, and how."""
@@ -361,10 +285,6 @@ class Generation:
             yield f"{name}/c/0/{block}", name, None
         for name in ("total_factors", "total_norms"):
             yield f"{name}/c/{block}", name, None
-
-
-def entry_file(block: int) -> str:
-    return f"{BLOCKS}/{block:06d}.json"
 
 
 def _code_chunk(step: int | None, block: int) -> str:
