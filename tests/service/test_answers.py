@@ -180,3 +180,5 @@ def test_get_index_describes_the_index(served: Served, index: Index, name: str) 
     assert message.create_time.ToJsonString()[:19] == index.created_at[:19]
     assert [(each.k, each.mean) for each in message.recalls] == [(10, index.recall["recall@10"])]
     assert message.accepts_examples
+    assert message.max_gradient_bytes == 1 << 30
+    assert not message.HasField("refused")

@@ -39,6 +39,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "FindNeighbors": lambda client: client.find_neighbors(["a"]),
     "SketchQueries": lambda client: client.sketch_queries([IdQuery("a")]),
     "SketchGradients": lambda client: client.sketch_gradients(GRADIENTS),
+    "ReloadIndex": lambda client: client.reload_index(),
 }
 
 

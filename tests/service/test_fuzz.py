@@ -72,6 +72,7 @@ def seeds(index: Index) -> dict[str, list[list[Any]]]:
         "ScoreExamples": [[pb.ScoreExamplesRequest(queries=[sketch], top_share=0.1, where="row < 40")]],
         "FindNeighbors": [[pb.FindNeighborsRequest(example_ids=ids, k=2, step=1, threshold=0.1)]],
         "SketchQueries": [[pb.SketchQueriesRequest(queries=queries[:2])]],
+        "ReloadIndex": [[pb.ReloadIndexRequest(index="tiny")]],
         "SketchGradients": [[pb.SketchGradientsRequest(**part) for part in gradients]],
     }
 

@@ -184,7 +184,11 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "no header": (lambda requests: requests.pop(0), "header", "does not begin with its header"),
     "two headers": (lambda requests: requests.insert(1, requests[0]), "part", "expected a piece or the end"),
     "no steps": (_header(step_count=0), "header.step_count", "step_count is 0, expected 1 to 1024"),
-    "over the cap": (_header(total_bytes=1 << 40), "header.total_bytes", f"expected 1 to {1 << 30} of one query"),
+    "over the cap": (
+        _header(total_bytes=1 << 40),
+        "header.total_bytes",
+        f"index tiny takes 1 to {1 << 30} of one query",
+    ),
     "less than declared": (_header(total_bytes=1 << 20), "header.total_bytes", f"the header declared {1 << 20}"),
     "more than declared": (_header(total_bytes=3), "piece", "the header declared 3"),
     "cut off": (lambda requests: requests.pop(), "end", "was cut off after"),
@@ -245,8 +249,26 @@ def test_clients_say_what_is_wrong_with_their_gradients(served: Served, query: Q
             client.sketch_gradients(replace(query, pieces=(uneven,)))
         with pytest.raises(InvalidQueryError, match="a piece is a str"):
             client.sketch_gradients(replace(query, pieces=("piece",)))  # type: ignore[arg-type]
-        with pytest.raises(LoopswayError, match="expected 1 to"):
+        with pytest.raises(LoopswayError, match="are 0 bytes, index tiny takes 1 to"):
             client.sketch_gradients(replace(query, pieces=()))
+
+
+def test_each_index_has_a_limit_of_its_own_or_the_servers(index_path: Path, query: QueryGradients) -> None:
+    size = sum(tensor.nbytes for piece in query.pieces for tensor in vars(piece).values() if hasattr(tensor, "nbytes"))
+    limits = {"own": size, "small": size - 1, "others": None}
+    indices = [without_model(index_path).model_copy(update={"name": name, "max_gradient_bytes": most})
+               for name, most in limits.items()]  # fmt: skip
+    settings = Settings(indices=indices, port=0, grace_s=1.0, max_gradient_bytes=size + 1)
+    with running(settings) as (_, port), Client(f"127.0.0.1:{port}") as client:
+        told = {info.name: info.max_gradient_bytes for info in client.list_indices()}
+        assert told == {"own": size, "small": size - 1, "others": size + 1}
+        own, others = (client.sketch_gradients(query, index=name) for name in ("own", "others"))
+        np.testing.assert_array_equal(np.asarray(own.values), np.asarray(others.values))
+        with pytest.raises(
+            InvalidQueryError, match=f"are {size} bytes, index small takes 1 to {size - 1} of one"
+        ) as told:
+            client.sketch_gradients(query, index="small")
+        assert told.value.field == "header.total_bytes"
 
 
 def until_admitted(client: Client, query: QueryGradients) -> None:
@@ -317,3 +339,4 @@ def test_an_optimizer_aware_index_says_where_gradients_can_be_sketched(tmp_path:
         with pytest.raises(LoopswayError, match="sketch where the task is") as caught:
             client.sketch_gradients(query)
         assert type(caught.value).__name__ == "FailedPreconditionError"
+        assert client.get_index().max_gradient_bytes == 0

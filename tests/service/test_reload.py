@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loopsway.client import Client, DeadlineError, FailedPreconditionError, NotFoundError
 from loopsway.indexer import compact_index, delete_examples, prune_index
 from loopsway.service import Settings
 from loopsway.service.catalog import Catalog
@@ -126,6 +128,68 @@ def publish(made: Path, served: Path) -> None:
             partial = target.with_name(target.name + ".new")
             shutil.copy(file, partial)
             partial.replace(target)
+
+
+def test_a_reload_that_is_asked_for_takes_the_new_generation_over(
+    serve: Callable[..., Served], own_index: Path
+) -> None:
+    served = serve(path=own_index, reload_poll_s=0)
+    with Client(served.target) as client:
+        first = client.reload_index()
+        assert first == client.get_index()
+        assert (first.generation, first.refused) == (1, None)
+        delete_examples(own_index, ids=["tiny-3"])
+        assert client.get_index() == first, "unasked"
+        again = client.reload_index("tiny")
+        assert again == client.get_index()
+        assert (again.generation, again.num_examples) == (2, 47)
+        assert "tiny-3" not in ids(served.stub.FindInfluences(EXAMPLE))
+        with pytest.raises(NotFoundError, match="no index 'other'"):
+            client.reload_index("other")
+    assert dict(served.server.catalog.reloads) == {("tiny", "done"): 1}
+
+
+def test_a_reload_says_why_a_generation_is_refused_and_takes_it_once_it_is_mended(
+    serve: Callable[..., Served], own_index: Path
+) -> None:
+    served = serve(path=own_index, model=False, reload_poll_s=0)
+    delete_examples(own_index, ids=["tiny-3"])
+    (table,) = own_index.rglob("*deleted*.parquet")
+    content = table.read_bytes()
+    table.unlink()
+    start = datetime.now(UTC)
+    with Client(served.target) as client:
+        with pytest.raises(FailedPreconditionError) as caught:
+            client.reload_index()
+        reason = "its files are damaged or incomplete; `loopsway verify` names them"
+        assert f"generation 2 of index tiny is refused, generation 1 goes on: {reason}" in str(caught.value)
+        refused = client.get_index().refused
+        assert refused is not None
+        assert (refused.generation, refused.reason) == (2, reason)
+        assert start <= refused.refused_at <= datetime.now(UTC)
+        assert client.list_indices() == [client.get_index()]
+        assert str(own_index) not in f"{caught.value}{refused}"
+        (own_index / "manifest.json").write_text("{")
+        with pytest.raises(FailedPreconditionError, match="generation unknown of index tiny is refused"):
+            client.reload_index()
+        assert getattr(client.get_index().refused, "generation", 0) is None
+        shutil.copy(own_index / "manifests" / "000002.json", own_index / "manifest.json")
+        table.write_bytes(content)
+        assert (client.reload_index().generation, client.get_index().refused) == (2, None)
+
+
+def test_a_reload_goes_on_when_its_caller_waits_no_longer(serve: Callable[..., Served], own_index: Path) -> None:
+    served = serve(path=own_index, reload_poll_s=0)
+    delete_examples(own_index, ids=["tiny-3"])
+    served.gate.hold()
+    try:
+        with Client(served.target) as client, pytest.raises(DeadlineError):
+            client.reload_index(timeout_s=0.5)
+        assert generation(served) == 1
+        served.gate.wait_until_entered()  # the new generation's warm-up
+    finally:
+        served.gate.open()
+    wait_for(lambda: generation(served) == 2)
 
 
 def test_sighup_points_aliases_elsewhere_and_finds_generations(own_index: Path, tmp_path: Path) -> None:

@@ -32,11 +32,12 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from serving import QUERIES, Served, running, without_model
 
-READER, STRANGER, SLOW = new_token(), new_token(), new_token()
+READER, STRANGER, SLOW, ADMIN = new_token(), new_token(), new_token(), new_token()
 TOKENS = (
     TokenSettings(name="reader", sha256=digest(READER), read=("tiny",)),
     TokenSettings(name="stranger", sha256=digest(STRANGER), read=("other",)),
     TokenSettings(name="slow", sha256=digest(SLOW), read=("*",), requests_per_second=0.5, burst=2),
+    TokenSettings(name="admin", sha256=digest(ADMIN), read=("other",), admin=("tiny",)),
 )
 
 
@@ -111,6 +112,23 @@ def test_an_index_that_is_not_allowed_is_hidden_and_refused(guarded: Served) -> 
         for name in ("tiny", "nowhere"):  # which of the two exists can't be told
             with pytest.raises(PermissionDeniedError, match=f"token stranger has no scope 'read' for index '{name}'"):
                 client.get_index(name)
+
+
+def test_only_the_scope_admin_of_the_very_index_lets_it_be_reloaded(guarded: Served) -> None:
+    scopes = {name for name, scope in SCOPES.items() if scope == "admin"}
+    assert scopes == {"/loopsway.v1.Attribution/ReloadIndex"}
+    for token, name, index in ((READER, "reader", "tiny"), (SLOW, "slow", "tiny"), (ADMIN, "admin", "other")):
+        with (
+            Client(guarded.target, token=token) as client,
+            pytest.raises(PermissionDeniedError, match=f"token {name} has no scope 'admin' for index '{index}'"),
+        ):
+            client.reload_index(index)
+    with Client(guarded.target, token=READER) as client, pytest.raises(PermissionDeniedError, match="for any index"):
+        client.reload_index()
+    with Client(guarded.target, token=ADMIN) as client:
+        for name in ("", "tiny"):
+            assert client.reload_index(name).generation == 1
+        assert [index.name for index in client.list_indices()] == ["tiny"], "who may change may read"
 
 
 def test_too_many_requests_with_a_token_are_refused_with_when_to_come_back(guarded: Served) -> None:

@@ -16,6 +16,7 @@ from .health import health
 from .inspection import inspect
 from .neighbors import neighbors
 from .query import query
+from .reload import reload
 from .reproduce import reproduce
 from .score import score
 from .serve import serve
@@ -36,6 +37,6 @@ def loopsway() -> None:
 for command in (
     *(train, build, add, delete, compact, prune, inspect, verify, export),
     *(score, neighbors, energy),
-    *(serve, health, token, query, bench, explore, demo, reproduce, evaluate),
+    *(serve, health, reload, token, query, bench, explore, demo, reproduce, evaluate),
 ):
     loopsway.add_command(command)

@@ -12,7 +12,9 @@ from .failure import needs
 @click.command(short_help="Make a token for a caller of a server.")
 @click.option("--name", required=True, help="Of the caller, for the server's log.")
 @click.option("--read", metavar="INDEX", multiple=True, help="An index that it may ask; may be repeated.  [default: *]")
-@click.option("--admin", metavar="INDEX", multiple=True, help="An index that it may also change; may be repeated.")
+@click.option(
+    "--admin", metavar="INDEX", multiple=True, help="An index that it may also have reloaded; may be repeated."
+)
 @click.option("--requests-per-second", type=float, help="At most.  [default: any number]")
 def token(name: str, read: tuple[str, ...], admin: tuple[str, ...], requests_per_second: float | None) -> None:
     """Prints a new token on stderr, once, and on stdout what the server's settings file is to hold of it: its hash."""

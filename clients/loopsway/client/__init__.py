@@ -32,6 +32,7 @@ from .results import (
     Neighbor,
     QuerySummary,
     Ranking,
+    RefusedGeneration,
     ScoreChunk,
     Trajectories,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "QueryGradients",
     "QuerySummary",
     "Ranking",
+    "RefusedGeneration",
     "RowGradient",
     "ScoreChunk",
     "ServerError",

@@ -236,6 +236,13 @@ class AsyncClient:
         requests = gradient_requests(gradients, index, on_progress)
         return messages.sketch_query(await self._call(self._stub.SketchGradients, requests, timeout_s, request_id))
 
+    async def reload_index(
+        self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None
+    ) -> IndexInfo:
+        """As `Client.reload_index`."""
+        request = pb.ReloadIndexRequest(index=index)
+        return messages.index_info((await self._call(self._stub.ReloadIndex, request, timeout_s, request_id)).index)
+
     async def close(self) -> None:
         await self._channel.close()
 

@@ -17,9 +17,10 @@ DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
-# Every method only reads, so a call that reached no server, or a draining one, may be sent again; gRPC itself gives
-# CANCELLED to one that comes by a connection which the server took in the moment that it stopped. A full queue
-# (RESOURCE_EXHAUSTED) is waited for as long as the server says, and not by gRPC, which would come back too soon.
+# Every method but ReloadIndex only reads, and that one may come twice. So a call that reached no server, or a draining
+# one, may be sent again; gRPC itself gives CANCELLED to one that comes by a connection which the server took in the
+# moment that it stopped. A full queue (RESOURCE_EXHAUSTED) is waited for as long as the server says, and not by gRPC,
+# which would come back too soon.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {

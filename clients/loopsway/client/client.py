@@ -344,6 +344,28 @@ class Client:
         requests = gradient_requests(gradients, index, on_progress)
         return messages.sketch_query(self._call(self._stub.SketchGradients, requests, timeout_s, request_id))
 
+    def reload_index(
+        self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None
+    ) -> IndexInfo:
+        """Has the server look now for a newer generation of an index, and answer from it; needs the scope `admin`.
+
+        One that was refused is tried again. The server goes on with what it began when the deadline passes.
+
+        Args:
+            index: may be left out when the server serves exactly one.
+            timeout_s: for opening the index and warming it up. None: the client's own.
+            request_id: as in `find_influences`.
+
+        Returns:
+            What answers from now on; the same as before where no newer generation is published.
+
+        Raises:
+            FailedPreconditionError: the newer generation is refused, and why; the one before goes on.
+            UnavailableError: it can't be had just now; the one before goes on.
+        """
+        request = pb.ReloadIndexRequest(index=index)
+        return messages.index_info(self._call(self._stub.ReloadIndex, request, timeout_s, request_id).index)
+
     def close(self) -> None:
         self._channel.close()
 

@@ -29,6 +29,7 @@ from .results import (
     Neighbor,
     QuerySummary,
     Ranking,
+    RefusedGeneration,
     ScoreChunk,
     Trajectories,
 )
@@ -163,6 +164,16 @@ def index_info(index: pb.Index) -> IndexInfo:
         steps_without_gradient=tuple(index.steps_without_gradient),
         recalls={recall.k: recall.mean for recall in index.recalls},
         accepts_examples=index.accepts_examples,
+        max_gradient_bytes=index.max_gradient_bytes,
+        refused=_refused(index.refused) if index.HasField("refused") else None,
+    )
+
+
+def _refused(refused: pb.RefusedGeneration) -> RefusedGeneration:
+    return RefusedGeneration(
+        generation=refused.generation or None,
+        reason=refused.reason,
+        refused_at=refused.refuse_time.ToDatetime(tzinfo=UTC),
     )
 
 

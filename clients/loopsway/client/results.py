@@ -31,6 +31,20 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefusedGeneration:
+    """A newer generation of an index that its server can't answer from.
+
+    Attributes:
+        generation: its number. None: it can't be read.
+        reason: one sentence; the server's log has more.
+    """
+
+    generation: int | None
+    reason: str
+    refused_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexInfo:
     """What an index holds and what it can be asked.
 
@@ -42,6 +56,8 @@ class IndexInfo:
         steps_without_gradient: steps that training runs without a gradient; their influences are 0 by construction.
         recalls: k -> part of the exact top k that the index's search returned when it was built, 0 to 1.
         accepts_examples: False when it is served without its model, and answers sketches only.
+        max_gradient_bytes: of one query that comes as gradients; 0 when the index takes none.
+        refused: a newer generation that is published, but can't be answered from. None: there is none.
     """
 
     name: str
@@ -60,6 +76,8 @@ class IndexInfo:
     steps_without_gradient: tuple[int, ...]
     recalls: Mapping[int, float]
     accepts_examples: bool
+    max_gradient_bytes: int
+    refused: RefusedGeneration | None
 
 
 @dataclass(frozen=True, kw_only=True)

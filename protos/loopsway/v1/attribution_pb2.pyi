@@ -539,6 +539,8 @@ class Index(_message.Message):
     STEPS_WITHOUT_GRADIENT_FIELD_NUMBER: _builtins.int
     RECALLS_FIELD_NUMBER: _builtins.int
     ACCEPTS_EXAMPLES_FIELD_NUMBER: _builtins.int
+    MAX_GRADIENT_BYTES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name by which requests ask for it."""
     example_count: _builtins.int
@@ -561,6 +563,10 @@ class Index(_message.Message):
     """Whether queries may be examples (example_json, example_id). False when it is served without its model: then only
     sketches are answered.
     """
+    max_gradient_bytes: _builtins.int
+    """The most bytes that one query's gradients may have, as GradientHeader.total_bytes. 0: the index takes no gradients
+    (it is optimizer-aware, and its scales are in the task's checkpoints).
+    """
     @_builtins.property
     def loop(self) -> Global___Loop:
         """The loop whose steps are resolved."""
@@ -581,6 +587,10 @@ class Index(_message.Message):
     def recalls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recall]:
         """What the build measured of its own search, ascending by k. Empty when it measured nothing."""
 
+    @_builtins.property
+    def refused(self) -> Global___RefusedGeneration:
+        """The newer generation that is published, but can't be answered from. Unset when there is none."""
+
     def __init__(
         self,
         *,
@@ -598,14 +608,48 @@ class Index(_message.Message):
         steps_without_gradient: _abc.Iterable[_builtins.int] | None = ...,
         recalls: _abc.Iterable[Global___Recall] | None = ...,
         accepts_examples: _builtins.bool = ...,
+        max_gradient_bytes: _builtins.int = ...,
+        refused: Global___RefusedGeneration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "loop", b"loop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "loop", b"loop", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_examples", b"accepts_examples", "bits", b"bits", "checkpoints", b"checkpoints", "create_time", b"create_time", "example_count", b"example_count", "fingerprint", b"fingerprint", "generation", b"generation", "loop", b"loop", "name", b"name", "recalls", b"recalls", "size_bytes", b"size_bytes", "step_count", b"step_count", "steps_without_gradient", b"steps_without_gradient", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_examples", b"accepts_examples", "bits", b"bits", "checkpoints", b"checkpoints", "create_time", b"create_time", "example_count", b"example_count", "fingerprint", b"fingerprint", "generation", b"generation", "loop", b"loop", "max_gradient_bytes", b"max_gradient_bytes", "name", b"name", "recalls", b"recalls", "refused", b"refused", "size_bytes", b"size_bytes", "step_count", b"step_count", "steps_without_gradient", b"steps_without_gradient", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Index: _TypeAlias = Index  # noqa: Y015
+
+@_typing.final
+class RefusedGeneration(_message.Message):
+    """A newer generation of an index that the server could not open or warm up, so that the one before goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REFUSE_TIME_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Its number, from 1. 0 where it can't be read."""
+    reason: _builtins.str
+    """Why, for a person to read; one sentence, without a path or other insides of the server, whose log has them."""
+    @_builtins.property
+    def refuse_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was refused."""
+
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        refuse_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refuse_time", b"refuse_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "reason", b"reason", "refuse_time", b"refuse_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusedGeneration: _TypeAlias = RefusedGeneration  # noqa: Y015
 
 @_typing.final
 class GetIndexRequest(_message.Message):
@@ -1437,8 +1481,9 @@ class GradientHeader(_message.Message):
     two more, for what lies before the first step and after the last.
     """
     total_bytes: _builtins.int
-    """The bytes of all tensors' data in the pieces that follow, from 1 to the server's limit for a query (1 GiB by
-    default). More, fewer, or too many to be allowed is INVALID_ARGUMENT, the last before anything else is read.
+    """The bytes of all tensors' data in the pieces that follow, from 1 to the index's limit, Index.max_gradient_bytes
+    (1 GiB by default). More, fewer, or too many to be allowed is INVALID_ARGUMENT, the last before anything else is
+    read.
     """
     def __init__(
         self,
@@ -1650,3 +1695,49 @@ class SketchGradientsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SketchGradientsResponse: _TypeAlias = SketchGradientsResponse  # noqa: Y015
+
+@_typing.final
+class ReloadIndexRequest(_message.Message):
+    """Asks for a newer generation of an index to be looked for now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    """The index's name. May be empty when the server serves exactly one."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadIndexRequest: _TypeAlias = ReloadIndexRequest  # noqa: Y015
+
+@_typing.final
+class ReloadIndexResponse(_message.Message):
+    """Answers ReloadIndex."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def index(self) -> Global___Index:
+        """The index, in the generation that answers from now on; the same as before where no newer one is published."""
+
+    def __init__(
+        self,
+        *,
+        index: Global___Index | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadIndexResponse: _TypeAlias = ReloadIndexResponse  # noqa: Y015

@@ -28,7 +28,7 @@ if _version_not_supported:
 class AttributionStub(object):
     """Answers which training examples shaped an answer, from indices that were built before.
 
-    Every method only reads, and may be retried. Errors carry google.rpc details: BadRequest names the field at fault
+    Every method but ReloadIndex only reads, and all may be retried. Errors carry google.rpc details: BadRequest names the field at fault
     (e.g. `queries[0].sketch.values`), RetryInfo says when a busy server should be asked again.
     """
 
@@ -83,12 +83,17 @@ class AttributionStub(object):
                 request_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsRequest.SerializeToString,
                 response_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsResponse.FromString,
                 _registered_method=True)
+        self.ReloadIndex = channel.unary_unary(
+                '/loopsway.v1.Attribution/ReloadIndex',
+                request_serializer=loopsway_dot_v1_dot_attribution__pb2.ReloadIndexRequest.SerializeToString,
+                response_deserializer=loopsway_dot_v1_dot_attribution__pb2.ReloadIndexResponse.FromString,
+                _registered_method=True)
 
 
 class AttributionServicer(object):
     """Answers which training examples shaped an answer, from indices that were built before.
 
-    Every method only reads, and may be retried. Errors carry google.rpc details: BadRequest names the field at fault
+    Every method but ReloadIndex only reads, and all may be retried. Errors carry google.rpc details: BadRequest names the field at fault
     (e.g. `queries[0].sketch.values`), RetryInfo says when a busy server should be asked again.
     """
 
@@ -162,6 +167,17 @@ class AttributionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReloadIndex(self, request, context):
+        """Has the server look now, and not at its next look, for a newer generation of an index that it serves: opens it, warms
+        it up and answers from it. No request fails by it; those that run finish on the generation before. One that was
+        refused is tried again, as its files may have been mended. Where callers have tokens, it needs the scope `admin`, and
+        every other method the scope `read`. FAILED_PRECONDITION says why the newer generation is refused, UNAVAILABLE that it
+        can't be had just now; the one before goes on. The server ends what it began, also if the caller waits no longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttributionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -210,6 +226,11 @@ def add_AttributionServicer_to_server(servicer, server):
                     request_deserializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsRequest.FromString,
                     response_serializer=loopsway_dot_v1_dot_attribution__pb2.SketchGradientsResponse.SerializeToString,
             ),
+            'ReloadIndex': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadIndex,
+                    request_deserializer=loopsway_dot_v1_dot_attribution__pb2.ReloadIndexRequest.FromString,
+                    response_serializer=loopsway_dot_v1_dot_attribution__pb2.ReloadIndexResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'loopsway.v1.Attribution', rpc_method_handlers)
@@ -221,7 +242,7 @@ def add_AttributionServicer_to_server(servicer, server):
 class Attribution(object):
     """Answers which training examples shaped an answer, from indices that were built before.
 
-    Every method only reads, and may be retried. Errors carry google.rpc details: BadRequest names the field at fault
+    Every method but ReloadIndex only reads, and all may be retried. Errors carry google.rpc details: BadRequest names the field at fault
     (e.g. `queries[0].sketch.values`), RetryInfo says when a busy server should be asked again.
     """
 
@@ -458,6 +479,33 @@ class Attribution(object):
             '/loopsway.v1.Attribution/SketchGradients',
             loopsway_dot_v1_dot_attribution__pb2.SketchGradientsRequest.SerializeToString,
             loopsway_dot_v1_dot_attribution__pb2.SketchGradientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loopsway.v1.Attribution/ReloadIndex',
+            loopsway_dot_v1_dot_attribution__pb2.ReloadIndexRequest.SerializeToString,
+            loopsway_dot_v1_dot_attribution__pb2.ReloadIndexResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,7 +35,7 @@ GRPC_VERSION: str
 class AttributionStub:
     """Answers which training examples shaped an answer, from indices that were built before.
 
-    Every method only reads, and may be retried. Errors carry google.rpc details: BadRequest names the field at fault
+    Every method but ReloadIndex only reads, and all may be retried. Errors carry google.rpc details: BadRequest names the field at fault
     (e.g. `queries[0].sketch.values`), RetryInfo says when a busy server should be asked again.
     """
 
@@ -72,12 +72,19 @@ class AttributionStub:
     server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
     (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
     """
+    ReloadIndex: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.ReloadIndexRequest, _attribution_pb2.ReloadIndexResponse]
+    """Has the server look now, and not at its next look, for a newer generation of an index that it serves: opens it, warms
+    it up and answers from it. No request fails by it; those that run finish on the generation before. One that was
+    refused is tried again, as its files may have been mended. Where callers have tokens, it needs the scope `admin`, and
+    every other method the scope `read`. FAILED_PRECONDITION says why the newer generation is refused, UNAVAILABLE that it
+    can't be had just now; the one before goes on. The server ends what it began, also if the caller waits no longer.
+    """
 
 @_typing.type_check_only
 class AttributionAsyncStub(AttributionStub):
     """Answers which training examples shaped an answer, from indices that were built before.
 
-    Every method only reads, and may be retried. Errors carry google.rpc details: BadRequest names the field at fault
+    Every method but ReloadIndex only reads, and all may be retried. Errors carry google.rpc details: BadRequest names the field at fault
     (e.g. `queries[0].sketch.values`), RetryInfo says when a busy server should be asked again.
     """
 
@@ -111,11 +118,18 @@ class AttributionAsyncStub(AttributionStub):
     server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
     (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
     """
+    ReloadIndex: _aio.UnaryUnaryMultiCallable[_attribution_pb2.ReloadIndexRequest, _attribution_pb2.ReloadIndexResponse]  # type: ignore[assignment]
+    """Has the server look now, and not at its next look, for a newer generation of an index that it serves: opens it, warms
+    it up and answers from it. No request fails by it; those that run finish on the generation before. One that was
+    refused is tried again, as its files may have been mended. Where callers have tokens, it needs the scope `admin`, and
+    every other method the scope `read`. FAILED_PRECONDITION says why the newer generation is refused, UNAVAILABLE that it
+    can't be had just now; the one before goes on. The server ends what it began, also if the caller waits no longer.
+    """
 
 class AttributionServicer(metaclass=_abc_1.ABCMeta):
     """Answers which training examples shaped an answer, from indices that were built before.
 
-    Every method only reads, and may be retried. Errors carry google.rpc details: BadRequest names the field at fault
+    Every method but ReloadIndex only reads, and all may be retried. Errors carry google.rpc details: BadRequest names the field at fault
     (e.g. `queries[0].sketch.values`), RetryInfo says when a busy server should be asked again.
     """
 
@@ -200,6 +214,19 @@ class AttributionServicer(metaclass=_abc_1.ABCMeta):
         """Sketches one query that comes as its gradients, in a stream of a header, pieces and an end. No model runs, and the
         server keeps the sketch alone: it may be asked about like any other, by every method, as often as one likes.
         (That is why gradients are no kind of Query: each method would need a streaming form, and send them again.)
+        """
+
+    @_abc_1.abstractmethod
+    def ReloadIndex(
+        self,
+        request: _attribution_pb2.ReloadIndexRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attribution_pb2.ReloadIndexResponse, _abc.Awaitable[_attribution_pb2.ReloadIndexResponse]]:
+        """Has the server look now, and not at its next look, for a newer generation of an index that it serves: opens it, warms
+        it up and answers from it. No request fails by it; those that run finish on the generation before. One that was
+        refused is tried again, as its files may have been mended. Where callers have tokens, it needs the scope `admin`, and
+        every other method the scope `read`. FAILED_PRECONDITION says why the newer generation is refused, UNAVAILABLE that it
+        can't be had just now; the one before goes on. The server ends what it began, also if the caller waits no longer.
         """
 
 def add_AttributionServicer_to_server(servicer: AttributionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

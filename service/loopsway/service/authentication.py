@@ -27,6 +27,7 @@ SCOPES: dict[str, Scope | Literal["open"]] = {
     f"{ATTRIBUTION}FindNeighbors": "read",
     f"{ATTRIBUTION}SketchQueries": "read",
     f"{ATTRIBUTION}SketchGradients": "read",
+    f"{ATTRIBUTION}ReloadIndex": "admin",
     "/grpc.health.v1.Health/Check": "open",
     "/grpc.health.v1.Health/Watch": "open",
     "/grpc.health.v1.Health/List": "open",

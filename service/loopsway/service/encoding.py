@@ -17,13 +17,14 @@ from loopsway.v1.tensors import to_tensor
 
 from .engine import Curves, Engine, Influences, Trajectories
 from .queries import ResolvedQuery
+from .served import RefusedGeneration
 from .stretches import Stretch
 
 # Beyond it, a double skips whole numbers.
 MAX_EXACT_INTEGER = 1 << 53
 
 
-def index_message(engine: Engine) -> pb.Index:
+def index_message(engine: Engine, refused: RefusedGeneration | None) -> pb.Index:
     """Measures the index's size on disk: not for the event loop."""
     index = engine.index
     message = pb.Index(
@@ -43,8 +44,12 @@ def index_message(engine: Engine) -> pb.Index:
         steps_without_gradient=index.steps_without_gradient,
         recalls=_recalls(index.recall),
         accepts_examples=engine.accepts_examples,
+        max_gradient_bytes=engine.max_gradient_bytes,
     )
     message.create_time.FromDatetime(datetime.fromisoformat(index.created_at))
+    if refused is not None:
+        message.refused.generation, message.refused.reason = refused.generation, refused.reason
+        message.refused.refuse_time.FromDatetime(refused.refused_at)
     return message
 
 

@@ -122,6 +122,11 @@ class Engine:
         return self._model is not None
 
     @property
+    def max_gradient_bytes(self) -> int:
+        """Of one query that comes as gradients; 0 where the index takes none."""
+        return 0 if self.index.config.optimizer_aware else self._settings.max_gradient_bytes
+
+    @property
     def num_waiting(self) -> int:
         """Queries that wait for the model."""
         return 0 if self._model is None else self._model.num_waiting

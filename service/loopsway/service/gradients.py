@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopsway.indexer import GradientError, GradientSketch, Index
+from loopsway.indexer import GradientError, GradientSketch
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, RowGradient
 
+from .engine import Engine
 from .errors import InvalidFieldError, PreconditionError
 from .limits import check_limits
 from .record import part
@@ -22,13 +23,13 @@ from .settings import Settings
 
 
 async def sketched(
-    requests: AsyncIterator[pb.SketchGradientsRequest], index_of: Callable[[str], Index], settings: Settings
-) -> tuple[Index, NDArray[np.float32]]:
-    """The index that was asked for, and the query's sketch.
+    requests: AsyncIterator[pb.SketchGradientsRequest], engine_of: Callable[[str], Engine], settings: Settings
+) -> tuple[Engine, NDArray[np.float32]]:
+    """The engine that was asked for, and the query's sketch.
 
     Args:
         requests: the stream.
-        index_of: the index of a name.
+        engine_of: the engine of an index by its name.
         settings: the limits.
 
     Raises:
@@ -38,12 +39,13 @@ async def sketched(
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidFieldError("the stream does not begin with its header", field="header")
     check_limits(first, settings)
-    _check_header(first.header, settings)
-    index = index_of(first.header.index)
+    _check_steps(first.header, settings)
+    engine = engine_of(first.header.index)
     try:
-        sketch = await asyncio.to_thread(lambda: index.gradient_sketcher.begin(first.header.step_count))
+        sketch = await asyncio.to_thread(lambda: engine.index.gradient_sketcher.begin(first.header.step_count))
     except GradientError as error:
-        raise PreconditionError(f"index {index.name} takes no gradients: {error}", field="header.index") from error
+        raise PreconditionError(f"index {engine.name} takes no gradients: {error}", field="header.index") from error
+    _check_size(first.header, engine)
     stream = _Received(first.header.total_bytes, sketch)
     async for request in requests:
         check_limits(request, settings)
@@ -53,7 +55,7 @@ async def sketched(
                     await asyncio.to_thread(stream.add, request.piece)
             case "end":
                 with part("sketch"):
-                    return index, await asyncio.to_thread(stream.finish, request.end)
+                    return engine, await asyncio.to_thread(stream.finish, request.end)
             case _:
                 raise InvalidFieldError("expected a piece or the end after the header", field="part")
     raise InvalidFieldError(
@@ -104,15 +106,19 @@ class _Received:
             raise InvalidFieldError(str(error), field="piece") from error
 
 
-def _check_header(header: pb.GradientHeader, settings: Settings) -> None:
+def _check_steps(header: pb.GradientHeader, settings: Settings) -> None:
     if not 1 <= header.step_count <= settings.max_steps:
         raise InvalidFieldError(
             f"step_count is {header.step_count}, expected 1 to {settings.max_steps}", field="header.step_count"
         )
-    if not 1 <= header.total_bytes <= settings.max_gradient_bytes:
+
+
+def _check_size(header: pb.GradientHeader, engine: Engine) -> None:
+    most = engine.max_gradient_bytes
+    if not 1 <= header.total_bytes <= most:
         raise InvalidFieldError(
-            f"the gradients are {header.total_bytes} bytes, expected 1 to {settings.max_gradient_bytes} of one query: "
-            "send factors instead of entries, or half precision; or sketch them where they are",
+            f"the gradients are {header.total_bytes} bytes, index {engine.name} takes 1 to {most} of one query: send "
+            "factors instead of entries, or half precision; or sketch them where they are",
             field="header.total_bytes",
         )
 

@@ -54,6 +54,7 @@ LIMITS: dict[str, Limit] = {
     "FindNeighborsRequest.where": _WHERE,
     "SketchQueriesRequest.index": _INDEX,
     "SketchQueriesRequest.queries": _QUERIES,
+    "ReloadIndexRequest.index": _INDEX,
     "GradientHeader.index": _INDEX,
     "GradientPiece.checkpoint": Limit(length=NAME),
     "GradientPiece.parameter": Limit(length=NAME),

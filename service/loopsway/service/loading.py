@@ -20,7 +20,7 @@ def load_engine(asked: IndexSettings, settings: Settings | None = None) -> Engin
         FileNotFoundError: no index at the path.
         ValueError: the index is damaged, or the device is not available.
     """
-    settings = settings or Settings()
+    settings = _of_index(asked, settings or Settings())
     index = _opened(asked)
     if not asked.model:
         if asked.task is not None:
@@ -34,6 +34,13 @@ def load_engine(asked: IndexSettings, settings: Settings | None = None) -> Engin
         raise LoadError(f"{error}. To serve sketches alone, without the task, give --no-model") from error
     arguments = index.task_arguments if asked.task_arguments is None else dict(asked.task_arguments)
     return Engine(index, QueryModel(index, spec, arguments, settings), settings=settings)
+
+
+def _of_index(asked: IndexSettings, settings: Settings) -> Settings:
+    """The limits as they are for this index."""
+    if asked.max_gradient_bytes is None:
+        return settings
+    return settings.model_copy(update={"max_gradient_bytes": asked.max_gradient_bytes})
 
 
 def _opened(asked: IndexSettings) -> Index:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from google.rpc import code_pb2
 
-from loopsway.indexer import Index
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionServicer
 from loopsway.v1.tensors import to_tensor
@@ -108,6 +107,15 @@ class Servicer(AttributionServicer):
         self, request_iterator: AsyncIterator[pb.SketchGradientsRequest], context: Any
     ) -> pb.SketchGradientsResponse:
         return await _answered(context, lambda: self._sketch_gradients(request_iterator))
+
+    async def ReloadIndex(  # noqa: N802  # the proto's name
+        self, request: pb.ReloadIndexRequest, context: Any
+    ) -> pb.ReloadIndexResponse:
+        async def answer() -> pb.ReloadIndexResponse:
+            engine = await self._engines.reload(self._engine(request.index).name)
+            return pb.ReloadIndexResponse(index=await self._described(engine))
+
+        return await _answered(context, answer)
 
     async def _find_influences(
         self, request: pb.FindInfluencesRequest, deadline: float | None
@@ -217,19 +225,20 @@ class Servicer(AttributionServicer):
         return self._fitting(await _encoded(lambda: encoding.sketches_response(resolved, engine.index)), "queries")
 
     async def _sketch_gradients(self, requests: AsyncIterator[pb.SketchGradientsRequest]) -> pb.SketchGradientsResponse:
-        def index_of(name: str) -> Index:
+        def engine_of(name: str) -> Engine:
             with in_field("header"):
-                return self._engine(name).index
+                return self._engine(name)
 
         with self._streams.place():
             timed = unstalled(aiter(requests), self._settings.stall_s)
             note(num_queries=1)
-            index, values = await gradients.sketched(timed, index_of, self._settings)
-        sketch = pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(values))
-        return pb.SketchGradientsResponse(sketch=sketch, index=index.name)
+            engine, values = await gradients.sketched(timed, engine_of, self._settings)
+        sketch = pb.Sketch(fingerprint=engine.index.fingerprint, values=to_tensor(values))
+        return pb.SketchGradientsResponse(sketch=sketch, index=engine.name)
 
     async def _described(self, engine: Engine) -> pb.Index:
-        return await _encoded(lambda: encoding.index_message(engine))
+        refused = self._engines.refused(engine.name)
+        return await _encoded(lambda: encoding.index_message(engine, refused))
 
     def _engine(self, name: str) -> Engine:
         """The engine of an index that the caller may use."""

@@ -37,6 +37,7 @@ class IndexSettings(Table):
         engine: who reads the index's codes: this process, or actors on a Ray cluster.
         workers: of engine "ray": shards. None: one for each GPU of the cluster, or each node.
         address: of engine "ray": the cluster's. None: that of RAY_ADDRESS, or one that is started here.
+        max_gradient_bytes: of one query that comes as gradients. None: as the server's other indices.
     """
 
     path: str
@@ -48,6 +49,7 @@ class IndexSettings(Table):
     engine: Literal["local", "ray"] = "local"
     workers: Annotated[int, Field(gt=0)] | None = None
     address: str | None = None
+    max_gradient_bytes: Positive | None = None
 
 
 class TlsSettings(Table):
@@ -71,7 +73,7 @@ class TokenSettings(Table):
         name: of the caller, for the log and for errors.
         sha256: of the token, in hexadecimal.
         read: the names of the indices that it may ask; "*" stands for all.
-        admin: the same of those that it may also change.
+        admin: the same of those that it may also have reloaded (ReloadIndex).
         requests_per_second: None: any number.
         burst: requests that may come at once after a pause.
     """
@@ -115,7 +117,7 @@ class Settings(BaseSettings):
         max_json_depth: arrays and objects of it that may lie within one another.
         max_where_characters: of a filter.
         max_influencers: in one FindInfluences response, over all queries and rankings.
-        max_gradient_bytes: of one query that comes as gradients.
+        max_gradient_bytes: of one query that comes as gradients, to an index that sets no other.
         max_streams: of queries or gradients, over all indices; more are told to come back.
         stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
         stream_batches: batches of one StreamInfluences that are under way or wait to be taken.

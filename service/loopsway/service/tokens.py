@@ -32,9 +32,13 @@ class Caller:
     token: TokenSettings
     scope: Scope
 
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """The names of those that the token gives this scope for; "*" stands for all. Who may change may read."""
+        return self.token.admin if self.scope == "admin" else (*self.token.read, *self.token.admin)
+
     def may_use(self, index: str) -> bool:
-        names = self.token.admin if self.scope == "admin" else (*self.token.read, *self.token.admin)
-        return ALL in names or index in names
+        return ALL in self.indices or index in self.indices
 
 
 # Of the request that the present asyncio task answers. None: the server has no tokens, and all is allowed.
@@ -54,9 +58,10 @@ def check_allowed(index: str) -> None:
         ForbiddenError: it may not.
     """
     caller = CALLER.get()
-    if caller is None or (caller.may_use(index) if index else caller.token.read or caller.token.admin):
+    if caller is None or (caller.may_use(index) if index else caller.indices):
         return
-    raise ForbiddenError(f"token {caller.token.name} has no scope {caller.scope!r} for index {index!r}", field="index")
+    of = f"index {index!r}" if index else "any index"
+    raise ForbiddenError(f"token {caller.token.name} has no scope {caller.scope!r} for {of}", field="index")
 
 
 def new_token() -> str:
