@@ -8,7 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from loopsway.client import Influencer, InfluenceResult, InfluencerTrajectories, QuerySummary, Ranking, ScoreChunk
+from loopsway.client import (
+    ExampleNeighbors,
+    Influencer,
+    InfluenceResult,
+    InfluencerTrajectories,
+    Neighbor,
+    QuerySummary,
+    Ranking,
+    ScoreChunk,
+)
 from loopsway.client import Trajectories as AskedTrajectories
 
 SUMMARY = QuerySummary(num_steps=3, losses=(), steps_without_gradient=())
@@ -74,6 +83,26 @@ def test_scores_have_their_ranks_and_add_up_over_chunks() -> None:
     assert frame["rank"].tolist() == [1, 2, 11, 12]
     assert frame["step"].isna().tolist() == [True, True, False, False]
     assert frame["significant"].tolist() == [True, False, True, False]
+
+
+def neighbors_of(example_id: str, *neighbors: Neighbor) -> ExampleNeighbors:
+    return ExampleNeighbors(
+        example_id=example_id, neighbors=neighbors, coverage=1, index="tiny", generation=1, fingerprint="cafe"
+    )
+
+
+def test_neighbors_of_several_examples_are_one_frame() -> None:
+    near = Neighbor(example_id="b", description="the b", metadata={"rank": 7}, similarity=0.5, standard_error=0.1)
+    far = Neighbor(example_id="c", description="the c", metadata={}, similarity=-0.25, standard_error=0.1)
+    answers = [neighbors_of("a", near, far), neighbors_of("x", far)]
+    frame = pd.concat([answer.to_pandas() for answer in answers], ignore_index=True)
+    assert list(frame.columns[:5]) == ["example_id", "rank", "neighbor_id", "similarity", "standard_error"]
+    assert frame["example_id"].tolist() == ["a", "a", "x"]
+    assert frame["rank"].tolist() == [1, 2, 1]
+    assert frame["neighbor_id"].tolist() == ["b", "c", "c"]
+    assert frame["similarity"].tolist() == [0.5, -0.25, -0.25]
+    assert frame["metadata.rank"].isna().tolist() == [False, True, True]
+    assert list(neighbors_of("a").to_pandas().columns) == [*frame.columns[:5], "description"]
 
 
 def test_trajectories_have_a_row_for_each_step_of_each_example() -> None:

@@ -182,8 +182,8 @@ def test_one_example_is_the_clients_own_and_costs_no_model_call(explored: Explor
     curve = explored.client.get_trajectories([query], ["tiny-7"])
     assert document["trajectory"]["influences"] == approx(curve.influences[0, 0])
     assert document["shown"]["metadata"]["source"] == "<script>document.title=7</script>"
-    (neighbors,) = explored.client.find_neighbors(["tiny-7"], k=5)
-    assert [each["example_id"] for each in document["neighbors"]] == [each.example_id for each in neighbors]
+    [found] = explored.client.find_neighbors(["tiny-7"], k=5)
+    assert [each["example_id"] for each in document["neighbors"]] == [each.example_id for each in found.neighbors]
 
 
 def test_a_training_example_can_be_the_query(explored: Explored) -> None:

@@ -25,7 +25,7 @@ from loopsway.client import (
     ServerError,
     SketchQuery,
 )
-from loopsway.client.messages import Resolve
+from loopsway.client.options import Resolve
 from loopsway.indexer import Index
 from serving import QUERIES, Served
 

@@ -135,14 +135,17 @@ def test_neighbors_are_those_of_the_index(client: Client, index: Index, by: Any,
     ids = ["tiny-3", "tiny-40"]
     found = client.find_neighbors(ids, k=5, by=by, step=step, where="row < 45")
     for mine, expected in zip(found, find_neighbors(index, ids, 5, by=by, step=step, where="row < 45"), strict=True):
-        assert tuple(each.example_id for each in mine) == expected.example_ids
-        assert [each.similarity for each in mine] == expected.similarities.tolist()
-        assert [each.standard_error for each in mine] == expected.standard_errors.tolist()
-        assert mine[0].description == index.example(int(expected.rows[0])).description
-        assert mine[0].metadata["row"] == int(expected.rows[0])
-    limit = (found[0][1].similarity + found[0][2].similarity) / 2
+        assert tuple(each.example_id for each in mine.neighbors) == expected.example_ids
+        assert [each.similarity for each in mine.neighbors] == expected.similarities.tolist()
+        assert [each.standard_error for each in mine.neighbors] == expected.standard_errors.tolist()
+        assert mine.neighbors[0].description == index.example(int(expected.rows[0])).description
+        assert mine.neighbors[0].metadata["row"] == int(expected.rows[0])
+        facts = (mine.coverage, mine.index, mine.generation, mine.fingerprint)
+        assert facts == (1, "tiny", 1, index.fingerprint)
+    assert [each.example_id for each in found] == ids
+    limit = (found[0].neighbors[1].similarity + found[0].neighbors[2].similarity) / 2
     (near,) = client.find_neighbors(ids[:1], k=5, by=by, step=step, threshold=limit, where="row < 45")
-    assert near == found[0][:2]
+    assert near.neighbors == found[0].neighbors[:2]
 
 
 WRONG_NEIGHBORS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str, str]] = {

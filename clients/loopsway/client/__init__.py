@@ -22,9 +22,11 @@ from .errors import (
     ServerError,
     UnavailableError,
 )
+from .options import InfluenceOptions
 from .queries import ExampleQuery, IdQuery, Query, SketchQuery
 from .results import (
     CheckpointInfo,
+    ExampleNeighbors,
     IndexInfo,
     Influencer,
     InfluenceResult,
@@ -44,12 +46,14 @@ __all__ = [
     "Client",
     "DeadlineError",
     "DenseGradient",
+    "ExampleNeighbors",
     "ExampleQuery",
     "FactoredGradient",
     "FailedPreconditionError",
     "GradientPiece",
     "IdQuery",
     "IndexInfo",
+    "InfluenceOptions",
     "InfluenceResult",
     "Influencer",
     "InfluencerTrajectories",

@@ -1,4 +1,4 @@
-"""`AsyncClient`: the client for asyncio. Requests and results are made in messages.py, as for `Client`."""
+"""`AsyncClient`: the client for asyncio. Requests and results are made as for `Client`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -16,7 +16,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
-from . import messages
+from . import requests, responses
 from .channel import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TARGET,
@@ -28,9 +28,9 @@ from .channel import (
 from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
-from .messages import By, Resolve, TrajectoryResolve
+from .options import By, InfluenceOptions, Resolve, TrajectoryResolve
 from .queries import Query, SketchQuery
-from .results import IndexInfo, InfluenceResult, Neighbor, ScoreChunk, Trajectories
+from .results import ExampleNeighbors, IndexInfo, InfluenceResult, ScoreChunk, Trajectories
 from .streaming import Answer, OnAnswered, Outgoing, streamed_async
 
 _Response = TypeVar("_Response")
@@ -68,74 +68,32 @@ class AsyncClient:
     ) -> IndexInfo:
         """As `Client.get_index`."""
         request = pb.GetIndexRequest(index=index)
-        return messages.index_info((await self._call(self._stub.GetIndex, request, timeout_s, request_id)).index)
+        return responses.index_info((await self._call(self._stub.GetIndex, request, timeout_s, request_id)).index)
 
     async def find_influences(
         self,
         queries: Sequence[Query],
         *,
-        k: int = 10,
-        num_proponents: int | None = None,
-        num_opponents: int | None = None,
-        resolve: Resolve = "query_step",
-        steps: Sequence[int] | None = None,
-        where: str = "",
-        exact: bool = True,
-        trajectories: bool = False,
-        require_full_coverage: bool = False,
-        index: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
+        **options: Unpack[InfluenceOptions],
     ) -> list[InfluenceResult]:
         """As `Client.find_influences`."""
-        request = messages.influences_request(
-            queries,
-            k=k,
-            num_proponents=num_proponents,
-            num_opponents=num_opponents,
-            resolve=resolve,
-            steps=steps,
-            where=where,
-            exact=exact,
-            trajectories=trajectories,
-            require_full_coverage=require_full_coverage,
-            index=index,
-        )
-        return messages.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s, request_id))
+        request = requests.influences_request(queries, **options)
+        return responses.influence_results(await self._call(self._stub.FindInfluences, request, timeout_s, request_id))
 
     def stream_influences(
         self,
         queries: Iterable[Query] | AsyncIterable[Query],
         *,
         batch: int = 16,
-        k: int = 10,
-        num_proponents: int | None = None,
-        num_opponents: int | None = None,
-        resolve: Resolve = "query_step",
-        steps: Sequence[int] | None = None,
-        where: str = "",
-        exact: bool = True,
-        trajectories: bool = False,
-        require_full_coverage: bool = False,
-        index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        **options: Unpack[InfluenceOptions],
     ) -> AsyncIterator[Answer]:
         """As `Client.stream_influences`, for `async for`; queries may be asynchronous too."""
-        template = messages.influences_request(
-            (),
-            k=k,
-            num_proponents=num_proponents,
-            num_opponents=num_opponents,
-            resolve=resolve,
-            steps=steps,
-            where=where,
-            exact=exact,
-            trajectories=trajectories,
-            require_full_coverage=require_full_coverage,
-            index=index,
-        )
+        template = requests.influences_request((), **options)
         return streamed_async(
             partial(self._stub.StreamInfluences, metadata=request_metadata(request_id)),
             queries,
@@ -156,14 +114,14 @@ class AsyncClient:
         request_id: str | None = None,
     ) -> Trajectories:
         """As `Client.get_trajectories`."""
-        request = messages.trajectories_request(queries, example_ids, resolve, index)
+        request = requests.trajectories_request(queries, example_ids, resolve, index)
         response = await self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
-        return messages.trajectories(response, request.example_ids)
+        return responses.trajectories(response, request.example_ids)
 
     async def list_indices(self, *, timeout_s: float | None = None, request_id: str | None = None) -> list[IndexInfo]:
         """As `Client.list_indices`."""
         response = await self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s, request_id)
-        return [messages.index_info(index) for index in response.indices]
+        return [responses.index_info(index) for index in response.indices]
 
     async def score_examples(
         self,
@@ -180,7 +138,7 @@ class AsyncClient:
         request_id: str | None = None,
     ) -> AsyncIterator[ScoreChunk]:
         """As `Client.score_examples`."""
-        request = messages.scores_request(
+        request = requests.scores_request(
             queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
         )
         stream = self._stub.ScoreExamples(
@@ -188,7 +146,7 @@ class AsyncClient:
         )
         try:
             async for response in stream:
-                yield messages.score_chunk(response)
+                yield responses.score_chunk(response)
         except grpc.RpcError as failure:
             raise error_from_rpc(failure, self._target) from failure
         finally:
@@ -203,13 +161,15 @@ class AsyncClient:
         step: int | None = None,
         threshold: float | None = None,
         where: str = "",
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
-    ) -> list[tuple[Neighbor, ...]]:
+    ) -> list[ExampleNeighbors]:
         """As `Client.find_neighbors`."""
-        request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
-        return messages.neighbors(await self._call(self._stub.FindNeighbors, request, timeout_s, request_id))
+        request = requests.neighbors_request(example_ids, k, by, step, threshold, where, require_full_coverage, index)
+        response = await self._call(self._stub.FindNeighbors, request, timeout_s, request_id)
+        return responses.neighbors(response, request.example_ids)
 
     async def sketch_queries(
         self,
@@ -220,8 +180,8 @@ class AsyncClient:
         request_id: str | None = None,
     ) -> list[SketchQuery]:
         """As `Client.sketch_queries`."""
-        request = messages.sketches_request(queries, index)
-        return messages.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s, request_id))
+        request = requests.sketches_request(queries, index)
+        return responses.sketch_queries(await self._call(self._stub.SketchQueries, request, timeout_s, request_id))
 
     async def sketch_gradients(
         self,
@@ -233,15 +193,15 @@ class AsyncClient:
         request_id: str | None = None,
     ) -> SketchQuery:
         """As `Client.sketch_gradients`."""
-        requests = gradient_requests(gradients, index, on_progress)
-        return messages.sketch_query(await self._call(self._stub.SketchGradients, requests, timeout_s, request_id))
+        parts = gradient_requests(gradients, index, on_progress)
+        return responses.sketch_query(await self._call(self._stub.SketchGradients, parts, timeout_s, request_id))
 
     async def reload_index(
         self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None
     ) -> IndexInfo:
         """As `Client.reload_index`."""
         request = pb.ReloadIndexRequest(index=index)
-        return messages.index_info((await self._call(self._stub.ReloadIndex, request, timeout_s, request_id)).index)
+        return responses.index_info((await self._call(self._stub.ReloadIndex, request, timeout_s, request_id)).index)
 
     async def close(self) -> None:
         await self._channel.close()

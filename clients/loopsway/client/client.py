@@ -1,4 +1,7 @@
-"""`Client`: the client that blocks. It and `AsyncClient` differ only in how they wait: messages.py serves both."""
+"""`Client`: the client that blocks. It and `AsyncClient` differ only in how they wait.
+
+Requests are made in requests.py and results in responses.py, for both.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
@@ -15,7 +18,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from loopsway.wire import QueryGradients
 
-from . import messages
+from . import requests, responses
 from .channel import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TARGET,
@@ -27,9 +30,9 @@ from .channel import (
 from .credentials import Tls, channel_credentials
 from .errors import error_from_rpc
 from .gradients import OnBytes, gradient_requests
-from .messages import By, Resolve, TrajectoryResolve
+from .options import By, InfluenceOptions, Resolve, TrajectoryResolve
 from .queries import Query, SketchQuery
-from .results import IndexInfo, InfluenceResult, Neighbor, ScoreChunk, Trajectories
+from .results import ExampleNeighbors, IndexInfo, InfluenceResult, ScoreChunk, Trajectories
 from .streaming import Answer, OnAnswered, Outgoing, streamed
 
 _Response = TypeVar("_Response")
@@ -80,80 +83,39 @@ class Client:
     def get_index(self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None) -> IndexInfo:
         """Describes an index; the name may be left out when the server serves exactly one."""
         request = pb.GetIndexRequest(index=index)
-        return messages.index_info(self._call(self._stub.GetIndex, request, timeout_s, request_id).index)
+        return responses.index_info(self._call(self._stub.GetIndex, request, timeout_s, request_id).index)
 
     def find_influences(
         self,
         queries: Sequence[Query],
         *,
-        k: int = 10,
-        num_proponents: int | None = None,
-        num_opponents: int | None = None,
-        resolve: Resolve = "query_step",
-        steps: Sequence[int] | None = None,
-        where: str = "",
-        exact: bool = True,
-        trajectories: bool = False,
-        require_full_coverage: bool = False,
-        index: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
+        **options: Unpack[InfluenceOptions],
     ) -> list[InfluenceResult]:
         """The strongest proponents and opponents of each query, in total and at each step.
 
         Args:
             queries: one or more; asked in one call, they are sketched together.
-            k: how many proponents, and how many opponents, in each ranking.
-            num_proponents: how many proponents instead, perhaps 0. None: k.
-            num_opponents: how many opponents instead. None: k.
-            resolve: whether steps are the query's, the training example's, or the same of both.
-            steps: the steps to rank. None: all.
-            where: a filter over the examples, such as 'source == "web" and length < 200'. Empty: all.
-            exact: whether every stored code is read; or the index's FAISS files are searched, with the result's
-                `recall`.
-            trajectories: whether the result has the `trajectories` of all examples in it.
-            require_full_coverage: whether an answer of fewer than all shards of the index, which a result's `coverage`
-                tells, is refused with an UnavailableError instead.
-            index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
             request_id: names the call in the server's log; a traced one's, say. None: the server makes one.
+            **options: as `InfluenceOptions` has them, such as `k=3`, `where="length < 200"` or `index="maths"`.
 
         Returns:
             One result for each query.
         """
-        request = messages.influences_request(
-            queries,
-            k=k,
-            num_proponents=num_proponents,
-            num_opponents=num_opponents,
-            resolve=resolve,
-            steps=steps,
-            where=where,
-            exact=exact,
-            trajectories=trajectories,
-            require_full_coverage=require_full_coverage,
-            index=index,
-        )
-        return messages.influence_results(self._call(self._stub.FindInfluences, request, timeout_s, request_id))
+        request = requests.influences_request(queries, **options)
+        return responses.influence_results(self._call(self._stub.FindInfluences, request, timeout_s, request_id))
 
     def stream_influences(
         self,
         queries: Iterable[Query],
         *,
         batch: int = 16,
-        k: int = 10,
-        num_proponents: int | None = None,
-        num_opponents: int | None = None,
-        resolve: Resolve = "query_step",
-        steps: Sequence[int] | None = None,
-        where: str = "",
-        exact: bool = True,
-        trajectories: bool = False,
-        require_full_coverage: bool = False,
-        index: str = "",
         on_progress: OnAnswered | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        **options: Unpack[InfluenceOptions],
     ) -> Iterator[Answer]:
         """The answers to any number of queries, in their order: what a curator asks of an evaluation set.
 
@@ -164,37 +126,16 @@ class Client:
         Args:
             queries: any number; of a generator, for instance.
             batch: queries that are sketched together; at most as many as the server allows in one request.
-            k: as in `find_influences`, like what is not said here.
-            num_proponents: as in `find_influences`.
-            num_opponents: as in `find_influences`.
-            resolve: as in `find_influences`.
-            steps: as in `find_influences`.
-            where: as in `find_influences`.
-            exact: as in `find_influences`.
-            trajectories: as in `find_influences`.
-            require_full_coverage: as in `find_influences`.
-            index: as in `find_influences`.
             on_progress: called with the number of queries answered so far.
             timeout_s: how long the server may take over one batch; the stream itself has no deadline. None: the
                 client's own.
             request_id: as in `find_influences`.
+            **options: as `InfluenceOptions` has them.
 
         Yields:
             For each query its result, or the error that its batch failed with.
         """
-        template = messages.influences_request(
-            (),
-            k=k,
-            num_proponents=num_proponents,
-            num_opponents=num_opponents,
-            resolve=resolve,
-            steps=steps,
-            where=where,
-            exact=exact,
-            trajectories=trajectories,
-            require_full_coverage=require_full_coverage,
-            index=index,
-        )
+        template = requests.influences_request((), **options)
         return streamed(
             partial(self._stub.StreamInfluences, metadata=request_metadata(request_id)),
             queries,
@@ -218,14 +159,14 @@ class Client:
 
         With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query.
         """
-        request = messages.trajectories_request(queries, example_ids, resolve, index)
+        request = requests.trajectories_request(queries, example_ids, resolve, index)
         response = self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
-        return messages.trajectories(response, request.example_ids)
+        return responses.trajectories(response, request.example_ids)
 
     def list_indices(self, *, timeout_s: float | None = None, request_id: str | None = None) -> list[IndexInfo]:
         """Describes every index of the server, by name."""
         response = self._call(self._stub.ListIndices, pb.ListIndicesRequest(), timeout_s, request_id)
-        return [messages.index_info(index) for index in response.indices]
+        return [responses.index_info(index) for index in response.indices]
 
     def score_examples(
         self,
@@ -261,7 +202,7 @@ class Client:
         Yields:
             Each ranking in order, the one over the whole loop first.
         """
-        request = messages.scores_request(
+        request = requests.scores_request(
             queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
         )
         stream = self._stub.ScoreExamples(
@@ -269,7 +210,7 @@ class Client:
         )
         try:
             for response in stream:
-                yield messages.score_chunk(response)
+                yield responses.score_chunk(response)
         except grpc.RpcError as failure:
             raise error_from_rpc(failure, self._target) from failure
         finally:
@@ -284,13 +225,12 @@ class Client:
         step: int | None = None,
         threshold: float | None = None,
         where: str = "",
+        require_full_coverage: bool = False,
         index: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
-    ) -> list[tuple[Neighbor, ...]]:
+    ) -> list[ExampleNeighbors]:
         """The training examples whose gradients are most like those of some, the most alike first; no model runs.
-
-        All shards must answer.
 
         Args:
             example_ids: of indexed examples.
@@ -299,15 +239,17 @@ class Client:
             step: of the loop. None: the gradients summed over steps.
             threshold: the least similarity. None: any.
             where: a filter over the examples. Empty: all.
+            require_full_coverage: as in `find_influences`.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
             request_id: as in `find_influences`.
 
         Returns:
-            The neighbors of each example.
+            One result for each example.
         """
-        request = messages.neighbors_request(example_ids, k, by, step, threshold, where, index)
-        return messages.neighbors(self._call(self._stub.FindNeighbors, request, timeout_s, request_id))
+        request = requests.neighbors_request(example_ids, k, by, step, threshold, where, require_full_coverage, index)
+        response = self._call(self._stub.FindNeighbors, request, timeout_s, request_id)
+        return responses.neighbors(response, request.example_ids)
 
     def sketch_queries(
         self,
@@ -318,8 +260,8 @@ class Client:
         request_id: str | None = None,
     ) -> list[SketchQuery]:
         """The queries as sketches, which may be asked about again and again at no model call."""
-        request = messages.sketches_request(queries, index)
-        return messages.sketch_queries(self._call(self._stub.SketchQueries, request, timeout_s, request_id))
+        request = requests.sketches_request(queries, index)
+        return responses.sketch_queries(self._call(self._stub.SketchQueries, request, timeout_s, request_id))
 
     def sketch_gradients(
         self,
@@ -341,8 +283,8 @@ class Client:
             timeout_s: of the whole stream. None: the client's own.
             request_id: as in `find_influences`.
         """
-        requests = gradient_requests(gradients, index, on_progress)
-        return messages.sketch_query(self._call(self._stub.SketchGradients, requests, timeout_s, request_id))
+        parts = gradient_requests(gradients, index, on_progress)
+        return responses.sketch_query(self._call(self._stub.SketchGradients, parts, timeout_s, request_id))
 
     def reload_index(
         self, index: str = "", *, timeout_s: float | None = None, request_id: str | None = None
@@ -364,7 +306,7 @@ class Client:
             UnavailableError: it can't be had just now; the one before goes on.
         """
         request = pb.ReloadIndexRequest(index=index)
-        return messages.index_info(self._call(self._stub.ReloadIndex, request, timeout_s, request_id).index)
+        return responses.index_info(self._call(self._stub.ReloadIndex, request, timeout_s, request_id).index)
 
     def close(self) -> None:
         self._channel.close()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
+from loopsway.wire.hosts import is_loopback_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +64,3 @@ def is_loopback(target: str) -> bool:
         return True
     host = target.removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].removeprefix("[").removesuffix("]")
     return is_loopback_host(host)
-
-
-def is_loopback_host(host: str) -> bool:
-    """Whether the name or address can be nothing but this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

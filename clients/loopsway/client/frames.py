@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from .results import Influencer, InfluenceResult, ScoreChunk
+    from .results import ExampleNeighbors, Influencer, InfluenceResult, ScoreChunk
 
 METADATA = "metadata."  # before the names of metadata columns, which may be any
 
@@ -27,9 +27,27 @@ def ranked_frame(result: InfluenceResult) -> Any:
         for place, influencer in enumerate(influencers)
     ]
     columns = ["step", "sign", "rank", "example_id", "influence", "standard_error", "significant", "description"]
-    columns += [name for name in dict.fromkeys(name for row in rows for name in row) if name not in columns]
-    frame = _pandas().DataFrame(rows, columns=columns)
-    return frame.astype({"step": "Int64", "rank": "int64", "influence": "float64", "standard_error": "float64"})
+    return _frame(rows, columns).astype(
+        {"step": "Int64", "rank": "int64", "influence": "float64", "standard_error": "float64"}
+    )
+
+
+def neighbors_frame(result: ExampleNeighbors) -> Any:
+    """A row for each neighbor."""
+    rows = [
+        {
+            "example_id": result.example_id,
+            "rank": place + 1,
+            "neighbor_id": neighbor.example_id,
+            "similarity": neighbor.similarity,
+            "standard_error": neighbor.standard_error,
+            "description": neighbor.description,
+        }
+        | _metadata_columns(neighbor.metadata)
+        for place, neighbor in enumerate(result.neighbors)
+    ]
+    columns = ["example_id", "rank", "neighbor_id", "similarity", "standard_error", "description"]
+    return _frame(rows, columns).astype({"rank": "int64", "similarity": "float64", "standard_error": "float64"})
 
 
 def scores_frame(chunk: ScoreChunk) -> Any:
@@ -72,7 +90,17 @@ def _influencer_row(step: int | None, sign: str, rank: int, influencer: Influenc
         "significant": influencer.significant,
         "description": influencer.description,
     }
-    return row | {METADATA + name: value for name, value in influencer.metadata.items()}
+    return row | _metadata_columns(influencer.metadata)
+
+
+def _metadata_columns(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {METADATA + name: value for name, value in metadata.items()}
+
+
+def _frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Any:
+    """These columns, whatever rows there are, and then what else rows have."""
+    others = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in columns]
+    return _pandas().DataFrame(rows, columns=[*columns, *others])
 
 
 def _pandas() -> Any:

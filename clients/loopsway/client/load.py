@@ -21,10 +21,10 @@ import grpc.aio
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 
-from . import messages
 from .channel import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, channel_options
 from .credentials import Tls, channel_credentials
 from .queries import Query
+from .requests import influences_request
 
 Requests: TypeAlias = Mapping[str, Sequence[pb.FindInfluencesRequest]]  # by the name of their kind
 
@@ -181,16 +181,4 @@ class Load:
 
 def load_request(query: Query, *, k: int = 10, index: str = "") -> pb.FindInfluencesRequest:
     """Asks for the influences on one query."""
-    return messages.influences_request(
-        [query],
-        k=k,
-        num_proponents=None,
-        num_opponents=None,
-        resolve="query_step",
-        steps=None,
-        where="",
-        exact=True,
-        trajectories=False,
-        require_full_coverage=False,
-        index=index,
-    )
+    return influences_request([query], k=k, index=index)

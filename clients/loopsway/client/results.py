@@ -230,6 +230,34 @@ class Neighbor:
     standard_error: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExampleNeighbors:
+    """The answer about one training example: those most like it.
+
+    Attributes:
+        example_id: that was asked about.
+        neighbors: the most alike first.
+        coverage: as in `InfluenceResult`.
+        index: the name of the index that answered.
+        generation: the generation of it that answered.
+    """
+
+    example_id: str
+    neighbors: tuple[Neighbor, ...]
+    coverage: float
+    index: str
+    generation: int
+    fingerprint: str
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, a row for each neighbor.
+
+        Its columns are example_id (that was asked about), rank, neighbor_id, similarity, standard_error, description
+        and metadata.NAME.
+        """
+        return frames.neighbors_frame(self)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectories:
     """The influence of each asked example on each query, step by step.

@@ -19,7 +19,7 @@ import grpc.aio
 
 from loopsway.v1 import attribution_pb2 as pb
 
-from . import messages
+from . import requests, responses
 from .errors import DeadlineError, InvalidQueryError, LoopswayError, error_from_failure, error_from_rpc
 from .queries import Query
 from .results import InfluenceResult
@@ -56,7 +56,7 @@ class Outgoing:
     def request(self, queries: list[Query]) -> pb.StreamInfluencesRequest:
         request = pb.FindInfluencesRequest()
         request.CopyFrom(self._template)
-        request.queries.extend(messages.query_messages(queries))
+        request.queries.extend(requests.query_messages(queries))
         self._waiting.append((len(queries), time.monotonic()))
         return pb.StreamInfluencesRequest(request=request)
 
@@ -71,7 +71,7 @@ class Outgoing:
         self.num_answered += count
         if response.WhichOneof("outcome") == "failure":
             return [error_from_failure(response.failure)] * count
-        return list(messages.influence_results(response.response))
+        return list(responses.influence_results(response.response))
 
 
 class _Batches(Iterator[pb.StreamInfluencesRequest]):

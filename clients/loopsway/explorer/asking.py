@@ -98,8 +98,10 @@ class Asker:
         return next(iter((*result.total.proponents, *result.total.opponents)), None)
 
     async def _neighbors(self, question: ExampleQuestion) -> tuple[Neighbor, ...]:
-        (neighbors,) = await self._client.find_neighbors([question.example_id], k=NEIGHBORS, index=question.index)
-        return neighbors
+        (found,) = await self._client.find_neighbors(
+            [question.example_id], k=NEIGHBORS, require_full_coverage=True, index=question.index
+        )
+        return found.neighbors
 
     async def _sketch(self, index: str, query: Query) -> SketchQuery:
         return self._sketches.get((index, repr(query))) or await self._new_sketch(index, query)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from loopsway.client import AsyncClient
-from loopsway.client.credentials import is_loopback_host
+from loopsway.wire.hosts import is_loopback_host
 
 from .app import create_app
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Collection, Mapping
 from importlib import import_module
 
 from loopsway.indexer import open_index
+from loopsway.wire.hosts import is_loopback_host
 
 from .credentials import check_certificate
 from .faults import SettingsError
@@ -65,12 +65,14 @@ def check_exposure(settings: Settings) -> None:
     Raises:
         SettingsError: a host is not loopback, and nothing protects the server.
     """
-    if settings.metrics_port is not None and not (settings.metrics_insecure_bind or is_loopback(settings.metrics_host)):
+    if settings.metrics_port is not None and not (
+        settings.metrics_insecure_bind or is_loopback_host(settings.metrics_host)
+    ):
         raise SettingsError(
             f"metrics_host {settings.metrics_host} is not loopback, and whoever reaches it may read the metrics: use "
             "127.0.0.1, or set metrics_insecure_bind if the network is trusted"
         )
-    if settings.insecure_bind or is_loopback(settings.host):
+    if settings.insecure_bind or is_loopback_host(settings.host):
         return
     missing = [] if settings.tls else ["TLS (a [tls] table with `certificate` and `key`)"]
     if not settings.tokens and not (settings.tls and settings.tls.client_ca):
@@ -91,12 +93,3 @@ def check_tracing(settings: Settings) -> None:
         import_module("opentelemetry.exporter.otlp.proto.grpc")
     except ModuleNotFoundError as error:
         raise SettingsError("tracing is on, and needs the extra: pip install 'loopsway[otel]'") from error
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any
+from inspect import signature
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from google.protobuf.struct_pb2 import Struct
 
 from loopsway.client import Client, ExampleQuery, IdQuery, InvalidQueryError, LoopswayError, SketchQuery
 from loopsway.client.channel import channel_options
-from loopsway.client.messages import influence_results
+from loopsway.client.options import InfluenceOptions
+from loopsway.client.requests import influences_request
+from loopsway.client.responses import influence_results
 from loopsway.v1 import attribution_pb2 as pb
 
 ONE = [IdQuery("a")]
@@ -40,6 +43,16 @@ def test_a_request_that_cannot_be_sent_is_named(case: str) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidQueryError, match=message) as caught:
         call(client)
     assert caught.value.field == field
+
+
+def test_a_keyword_that_is_none_is_named_and_both_methods_take_the_same() -> None:
+    known = set(get_type_hints(InfluenceOptions))
+    defaults = signature(influences_request).parameters
+    assert known == set(defaults) - {"queries"}
+    with Client("127.0.0.1:1") as client:
+        for ask in (client.find_influences, client.stream_influences):
+            with pytest.raises(TypeError, match="'wher'"):
+                ask(ONE, wher="id == 'a'")  # type: ignore[call-arg]
 
 
 def test_integers_of_numpy_are_integers() -> None:
