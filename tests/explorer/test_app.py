@@ -161,6 +161,7 @@ def test_influences_are_the_clients_own(explored: Explored, resolve: Any) -> Non
         assert_same(ranking["proponents"], own.proponents)
         assert_same(ranking["opponents"], own.opponents)
     assert document["query"]["losses"] == approx(expected.query.losses)
+    assert (document["recall"], document["coverage"]) == (expected.recall, expected.coverage) == (1, 1)
     ids = [each.example_id for each in (*expected.total.proponents, *expected.total.opponents)]
     curves = explored.client.get_trajectories([query], ids, resolve=resolve)
     for example_id, influences, errors in zip(ids, curves.influences[0], curves.standard_errors[0], strict=True):

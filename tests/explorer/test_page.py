@@ -20,6 +20,7 @@ from loopsway.client import ExampleQuery, IdQuery
 from loopsway.indexer import build_index, load_task
 from loopsway.service import Settings
 from serving import CONFIG, QUERIES, Gate, asked_for, running
+from silence import read_in_shards
 
 from .conftest import LONG_SPEC, TASK_SPEC, Explored, exploring
 
@@ -317,6 +318,31 @@ def test_an_index_without_its_model_says_so(page: Page, explore: Callable[..., E
     opened(page, explore(model=False))
     page.locator("#drawn button").first.click()
     expect(page.locator("#query-error")).to_contain_text("is served without its model")
+
+
+def test_an_answer_without_a_shard_says_so_until_it_is_whole(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "markup.index"
+    build_index(load_task(TASK_SPEC), path, CONFIG, task_spec=TASK_SPEC, block_rows=16, progress=False)
+    settings = Settings(indices=(asked_for(path, task=TASK_SPEC),), port=0, grace_s=1.0)
+    with running(settings) as (server, port), exploring(f"127.0.0.1:{port}", timeout_s=10) as url:
+        [engine] = server.catalog.values()
+        shards = read_in_shards(engine.index, 3, silent=[1])  # rows 16 to 31
+        page.goto(f"{url}?{urlencode({'id': 'tiny-1', 'k': 48, 'selected': 'tiny-20'})}")
+        answered(page)
+        expect(page.locator("#partial")).to_contain_text("Only 67 % of the index's shards answered")
+        expect(page.locator("#status")).to_contain_text("A part of the index did not answer.")
+        rows = {int(each.removeprefix("tiny-")) for each in shown_ids(page, "proponents")}
+        assert rows
+        assert not rows & set(range(16, 32))
+        expect(page.locator("#example")).to_contain_text("Of the shards that answered; others may hold closer ones.")
+        expect(page.locator("#example")).to_contain_text("hold no text or metadata of it")
+        expect(page.locator("#matrix .heatmaplayer")).to_be_attached()
+        shards.silent = ()
+        page.locator("#ask-again").click()
+        expect(page.locator("#partial")).to_be_hidden()
+        expect(page.locator("#example")).not_to_contain_text("Of the shards that answered")
+        expect(page.locator(".neighbors li")).to_have_count(5)
+        expect(page.locator(".metadata")).to_contain_text("20")
 
 
 def test_training_text_is_shown_as_text(page: Page, explored: Explored) -> None:

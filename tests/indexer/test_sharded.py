@@ -21,29 +21,14 @@ from loopsway.indexer import (
     open_index,
 )
 from loopsway.indexer.building.examples import SubsetTask
-from loopsway.indexer.search.sharded import (
-    LocalShards,
-    Method,
-    ShardedReader,
-    ShardsUnavailableError,
-    shard_rows,
-)
+from loopsway.indexer.search.sharded import ShardsUnavailableError, shard_rows
+from silence import read_in_shards
 
 from .conftest import build
 
 COUNT, STEPS, WIDTH = 90, 4, 256
 DELETED = ("train/2", "train/33", "train/34", "train/89")
 FILTERS = (None, "label == 1 and length < 6", "id == 'train/17'", "label == 9")
-
-
-class SomeShards(LocalShards):
-    """Of which some do not answer, each time they are asked."""
-
-    silent: Sequence[int] = ()
-
-    def ask(self, method: Method, arguments: Sequence[Any], **options: Any) -> list[Any]:
-        found = super().ask(method, arguments, **options)
-        return [None if shard in self.silent else each for shard, each in enumerate(found)]
 
 
 @pytest.fixture(scope="module", params=(1, 4, 16, 32), ids=lambda bits: f"{bits} bits")
@@ -67,11 +52,7 @@ def queries() -> np.ndarray:
 def sharded(path: Path, count: int, silent: Sequence[int] = ()) -> Index:
     """An index that is read in shards, each opened by itself."""
     index = open_index(path)
-    readers = [Index(path, index.generation, rows=rows).codes for rows in shard_rows(index.blocks(), count)]
-    assert len(readers) == count
-    shards = SomeShards(readers)
-    shards.silent = silent
-    index.reader = ShardedReader(shards)
+    read_in_shards(index, count, silent)
     return index
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from loopsway.client import (
     AsyncClient,
+    ExampleNeighbors,
     IndexInfo,
     Influencer,
     InfluenceResult,
-    Neighbor,
     Query,
     SketchQuery,
     Trajectories,
@@ -32,7 +32,8 @@ class OneExample:
     """What the server says about one training example.
 
     Attributes:
-        shown: its text and metadata, with its influence over the whole loop. None: that is exactly zero.
+        shown: its text and metadata, with its influence over the whole loop. None: that is exactly zero, or the
+            example's part of the index did not answer.
         trajectory: of its influence on the query.
         matrix: the same, for each step of the example.
         neighbors: the examples with gradients most like its own.
@@ -41,7 +42,7 @@ class OneExample:
     shown: Influencer | None
     trajectory: Trajectories
     matrix: Trajectories
-    neighbors: tuple[Neighbor, ...]
+    neighbors: ExampleNeighbors
 
 
 class Asker:
@@ -97,11 +98,9 @@ class Asker:
         (result,) = await self._client.find_influences([sketch], k=1, steps=[0], where=where, index=question.index)
         return next(iter((*result.total.proponents, *result.total.opponents)), None)
 
-    async def _neighbors(self, question: ExampleQuestion) -> tuple[Neighbor, ...]:
-        (found,) = await self._client.find_neighbors(
-            [question.example_id], k=NEIGHBORS, require_full_coverage=True, index=question.index
-        )
-        return found.neighbors
+    async def _neighbors(self, question: ExampleQuestion) -> ExampleNeighbors:
+        (found,) = await self._client.find_neighbors([question.example_id], k=NEIGHBORS, index=question.index)
+        return found
 
     async def _sketch(self, index: str, query: Query) -> SketchQuery:
         return self._sketches.get((index, repr(query))) or await self._new_sketch(index, query)

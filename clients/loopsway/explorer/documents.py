@@ -41,6 +41,7 @@ def influences(result: InfluenceResult) -> dict[str, Any]:
         "index": result.index,
         "generation": result.generation,
         "recall": result.recall,
+        "coverage": result.coverage,
         "query": asdict(result.query),
         "rankings": [_ranking(each) for each in (result.total, *result.steps)],
         "trajectories": curves,
@@ -53,7 +54,8 @@ def one_example(example_id: str, about: OneExample) -> dict[str, Any]:
         "shown": None if about.shown is None else _influencer(about.shown),
         "trajectory": _only_curve(about.trajectory),
         "matrix": _only_curve(about.matrix),
-        "neighbors": [_neighbor(each) for each in about.neighbors],
+        "neighbors": [_neighbor(each) for each in about.neighbors.neighbors],
+        "neighbors_coverage": about.neighbors.coverage,
     }
 
 

@@ -18,10 +18,10 @@ export function drawExample(about, known, { names, view, actions }) {
   panel.replaceChildren(
     heading(about.example_id),
     element("p", { class: "example-text mono", tabindex: "0", role: "region", "aria-label": "The text" }, text),
-    metadata(shown?.metadata ?? {}),
+    metadata(shown?.metadata),
     button("Ask about this example", "ask-selected", "primary small", () => actions.query(about.example_id)),
   );
-  panel.append(...matrixFigure(about, names, view), ...neighbors(about.neighbors, actions));
+  panel.append(...matrixFigure(about, names, view), ...neighbors(about, actions));
   drawMatrix(about.matrix, names, view);
 }
 
@@ -44,6 +44,9 @@ function button(label, id, kind, action) {
 }
 
 function metadata(columns) {
+  if (!columns) {
+    return element("p", { class: "hint" }, "The server's rankings hold no text or metadata of it.");
+  }
   const entries = Object.entries(columns);
   if (entries.length === 0) {
     return element("p", { class: "hint" }, "This index has no metadata.");
@@ -93,7 +96,7 @@ function rows({ example_id: id, matrix }) {
   );
 }
 
-function neighbors(those, actions) {
+function neighbors({ neighbors: those, neighbors_coverage: coverage }, actions) {
   if (those.length === 0) {
     return [];
   }
@@ -116,6 +119,7 @@ function neighbors(those, actions) {
   );
   return [
     element("h4", {}, "Examples with gradients most like its own"),
+    coverage < 1 ? element("p", { class: "hint" }, "Of the shards that answered; others may hold closer ones.") : "",
     element("ol", { class: "neighbors", "aria-label": "Neighbours, by cosine" }, ...items),
   ];
 }

@@ -5,6 +5,7 @@ import { byId, element } from "./elements.js";
 import { drawExample, drawExampleNote } from "./example.js";
 import { busy, say } from "./loading.js";
 import { count, stepName } from "./numbers.js";
+import { drawArtefact, drawCoverage } from "./notices.js";
 import { pick, pickOthers } from "./pick.js";
 import { clearProblems, fill, showColumns, showKind, showProblem, typed } from "./question.js";
 import { drawRankings } from "./rankings.js";
@@ -98,10 +99,11 @@ function show({ rankings }) {
   view.selected ??= (proponents[0] ?? opponents[0])?.example_id ?? null;
   remember();
   drawAnswer();
+  const part = answer.coverage < 1 ? " A part of the index did not answer." : "";
   say(
     proponents.length + opponents.length
-      ? `Answered: ${proponents.length} proponents and ${opponents.length} opponents.`
-      : "Answered: no training example was found.",
+      ? `Answered: ${proponents.length} proponents and ${opponents.length} opponents.${part}`
+      : `Answered: no training example was found.${part}`,
   );
   look();
 }
@@ -192,10 +194,8 @@ function drawAnswer() {
     `${bits} bit${bits > 1 ? "s" : ""} × ${count(width)}`,
     view.where ? `where ${view.where}` : null,
   ].filter(Boolean).join("  ·  ");
-  const artefact = byId("artefact");
-  artefact.hidden = withoutGradient().length === 0;
-  artefact.textContent =
-    `Training ran without a gradient at step ${withoutGradient().join(", ")}: zeros there are an artefact, no finding.`;
+  drawCoverage(answer.coverage, run);
+  drawArtefact(withoutGradient());
   byId("axis").textContent = axisTitle(view.resolve);
   drawCurves();
   drawStep();
