@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from loopsway.indexer.config import Loop
 from loopsway.indexer.task import Task, TaskError, load_task
-from loopsway.tasks import parity_run, parity_strings, parity_training
+from loopsway.tasks import parity_strings, parity_training, saved_run
 from loopsway.tasks.parity import ParityTask
 from loopsway.tasks.parity_model import ParityTransformer
 from loopsway.tasks.parity_training import Recipe, TrainReport, is_trained
@@ -241,6 +241,6 @@ def test_a_run_that_lost_a_checkpoint_or_has_a_damaged_record_is_named(tmp_path:
     with pytest.raises(TaskError, match=r"checkpoint-0002\.safetensors is missing"):
         ParityTask(run=str(tmp_path)).checkpoints()
     for damage in ("{", "[]", "{}", '{"format": 2}'):
-        (tmp_path / parity_run.RECORD).write_text(damage)
+        (tmp_path / saved_run.RECORD).write_text(damage)
         with pytest.raises(TaskError, match="is damaged"):
             ParityTask(run=str(tmp_path)).checkpoints()

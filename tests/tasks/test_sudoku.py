@@ -11,10 +11,11 @@ import torch
 
 from loopsway.indexer import SketchConfig, StepSketcher
 from loopsway.indexer.task import TaskError
+from loopsway.tasks.saved_run import RECORD
 from loopsway.tasks.sudoku import SudokuTask
 from loopsway.tasks.sudoku_boards import Board, Search, judge
 from loopsway.tasks.sudoku_puzzles import draw_puzzles
-from loopsway.tasks.sudoku_training import PUZZLES, RECORD, Recipe, SudokuRun, are_solved, train
+from loopsway.tasks.sudoku_training import PUZZLES, Recipe, SudokuRun, are_solved, train
 
 SMALL = Board(2, 2)
 RECIPE = Recipe(box_columns=2, num_puzzles=60, num_steps=8, width=16, num_loops=3, batch_size=8)
@@ -95,8 +96,12 @@ def test_a_run_is_read_as_it_was_written_and_is_the_seeds(run: Path, tmp_path: P
     assert report.recipe == RECIPE
     again = train(tmp_path, RECIPE, seed=1, progress=False)
     assert again.held_out_accuracy == report.held_out_accuracy
-    for file, _ in report.checkpoints:
-        assert (tmp_path / file).read_bytes() == (run / file).read_bytes()
+    assert [(saved.step, saved.learning_rate > 0) for saved in report.saved] == [
+        (RECIPE.num_steps * 3 // 4, True),
+        (RECIPE.num_steps, True),
+    ]
+    for saved in report.saved:
+        assert (tmp_path / saved.file).read_bytes() == (run / saved.file).read_bytes()
 
 
 def test_the_task_has_the_runs_training_puzzles_and_sketches_them(run: Path) -> None:

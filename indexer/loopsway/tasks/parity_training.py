@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from .parity_model import ParityTransformer
-from .parity_run import CheckpointWriter, TrainReport, is_trained
 from .parity_strings import MIN_LENGTH, encode, held_out_strings, labels, training_strings
+from .saved_run import CheckpointWriter, SavedRun
 
 __all__ = ["Recipe", "TrainReport", "TrainingFailedError", "accuracy", "is_trained", "train"]
 
@@ -69,6 +70,47 @@ class Recipe:
         """The arguments that rebuild the model."""
         names = ("width", "num_heads", "num_loops", "max_length")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport(SavedRun):
+    """What a finished training reached.
+
+    Attributes:
+        model: the arguments that rebuild the model.
+        seed: the seed that reached it.
+        seconds: of wall time, with any seed that was given up.
+        steps: optimizer steps of that seed.
+        training_accuracy: by string length, on the strings it was trained on.
+        held_out_accuracy: by string length, on strings it never saw.
+    """
+
+    model: dict[str, int]
+    steps: int
+    training_accuracy: dict[int, float]
+    held_out_accuracy: dict[int, float]
+
+    @property
+    def overall_held_out_accuracy(self) -> float:
+        """On all held-out strings taken together, however long."""
+        counts = {length: len(held_out_strings(length)) for length in self.held_out_accuracy}
+        right = sum(share * counts[length] for length, share in self.held_out_accuracy.items())
+        return right / sum(counts.values())
+
+    @classmethod
+    def _from_json(cls, record: dict[str, Any]) -> dict[str, Any]:
+        for accuracies in ("training_accuracy", "held_out_accuracy"):
+            record[accuracies] = {int(length): share for length, share in record[accuracies].items()}
+        return record
+
+
+def is_trained(run: str | Path) -> bool:
+    """Whether the folder holds a finished training, complete with its checkpoints."""
+    try:
+        TrainReport.read(run)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class TrainingFailedError(RuntimeError):

@@ -36,7 +36,7 @@ class SudokuTask(Task):
         self.run, self._num_loops = run, num_loops
 
     def checkpoints(self) -> Sequence[Checkpoint]:
-        return self._training.as_checkpoints()
+        return self._training.checkpoints
 
     def model(self, checkpoint: Checkpoint) -> SudokuTransformer:
         if checkpoint.path is None:

@@ -6,27 +6,24 @@ Knows nothing of attribution.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch.nn import functional
 
-from loopsway.indexer.config import Checkpoint
 from loopsway.indexer.progress import BuildProgress
-from loopsway.indexer.store.files import write_whole
 
+from .saved_run import CheckpointWriter, SavedRun
 from .sudoku_boards import Board
 from .sudoku_model import SudokuTransformer
 from .sudoku_puzzles import Puzzle, draw_puzzles, write_puzzles
 
-RECORD, PUZZLES, FORMAT = "training.json", "puzzles.jsonl", 1
+PUZZLES = "puzzles.jsonl"
 WARMUP = 0.05  # of the steps
 
 
@@ -65,55 +62,20 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SudokuRun:
+class SudokuRun(SavedRun):
     """A finished training.
 
     Attributes:
-        folder: where it lies.
         recipe: that it followed.
-        seed: of puzzles, weights and batches.
-        seconds: of wall time.
-        checkpoints: file names and learning rates, in the order of training.
         held_out_accuracy: share of the held-out boards that are right in every cell.
     """
 
-    folder: str
     recipe: Recipe
-    seed: int
-    seconds: float
-    checkpoints: tuple[tuple[str, float], ...]
     held_out_accuracy: float
 
-    def as_checkpoints(self) -> list[Checkpoint]:
-        return [
-            Checkpoint(name=Path(file).stem, learning_rate=rate, path=str(Path(self.folder) / file))
-            for file, rate in self.checkpoints
-        ]
-
     @classmethod
-    def read(cls, folder: str | Path) -> SudokuRun:
-        """The record of a finished training.
-
-        Raises:
-            FileNotFoundError: the folder holds none.
-            ValueError: the record is damaged or of another format.
-        """
-        path = Path(folder) / RECORD
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no finished training of Sudoku: {RECORD} is missing")
-        try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
-            if record.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}, the one this version of Loopsway reads")
-            recipe, saved = Recipe(**record.pop("recipe")), record.pop("checkpoints")
-            return cls(folder=str(folder), recipe=recipe, checkpoints=tuple((f, r) for f, r in saved), **record)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-
-    def write(self) -> None:
-        record = {"format": FORMAT, **asdict(self)}
-        del record["folder"]  # it may be moved
-        write_whole(Path(self.folder) / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    def _from_json(cls, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, "recipe": Recipe(**record["recipe"])}
 
 
 def train(run: str | Path, recipe: Recipe, *, seed: int = 0, progress: bool = True, device: str = "cpu") -> SudokuRun:
@@ -121,11 +83,9 @@ def train(run: str | Path, recipe: Recipe, *, seed: int = 0, progress: bool = Tr
 
     Two checkpoints are kept, after three quarters of the steps and after all.
     """
-    folder, start = Path(run), time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)  # first: it must never stand beside other weights
+    writer, start = CheckpointWriter(run), time.perf_counter()
     puzzles = draw_puzzles(recipe.board, seed, recipe.num_puzzles)
-    write_puzzles(folder / PUZZLES, puzzles)
+    write_puzzles(Path(run) / PUZZLES, puzzles)
     training = [puzzle for puzzle in puzzles if not puzzle.is_held_out]
     held_out = [puzzle for puzzle in puzzles if puzzle.is_held_out]
     with torch.random.fork_rng(devices=[]):
@@ -133,7 +93,7 @@ def train(run: str | Path, recipe: Recipe, *, seed: int = 0, progress: bool = Tr
         model = SudokuTransformer(**recipe.model()).to(device)
     tokens, answers = (part.to(device) for part in encode(training))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
-    draw, saved = torch.Generator().manual_seed(seed), []
+    draw = torch.Generator().manual_seed(seed)
     with BuildProgress(shown=progress) as bars:
         bars.begin("training Sudoku", recipe.num_steps)
         for step in range(recipe.num_steps):
@@ -147,17 +107,15 @@ def train(run: str | Path, recipe: Recipe, *, seed: int = 0, progress: bool = Tr
             optimizer.step()
             bars.advance(1)
             if step + 1 in (recipe.num_steps * 3 // 4, recipe.num_steps):
-                name = f"checkpoint-{len(saved) + 1:04d}.safetensors"
-                write_whole(folder / name, save(model.state_dict()))
-                saved.append((name, rate))
+                writer.write(model, step=step + 1, learning_rate=rate)
     accuracy = float(are_solved(model.cpu(), held_out).float().mean()) if held_out else math.nan
     seconds = round(time.perf_counter() - start, 1)
     report = SudokuRun(
-        folder=str(run),
+        run=str(run),
         recipe=recipe,
         seed=seed,
         seconds=seconds,
-        checkpoints=tuple(saved),
+        saved=tuple(writer.saved),
         held_out_accuracy=accuracy,
     )
     report.write()

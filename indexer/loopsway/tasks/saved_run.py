@@ -1,6 +1,7 @@
-"""A parity run on disk: safetensors checkpoints, and `training.json`, which is written last and makes the run finished.
+"""A training on disk: safetensors checkpoints, and `training.json`, which is written last and makes the run finished.
 
-Knows how a run is written and read, each file whole or not at all, and nothing of how a model is trained.
+Knows how a run is written and read, each file whole or not at all, and nothing of how a model is trained. What else a
+task records, a subclass of `SavedRun` adds.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save
 
 from loopsway.indexer.config import Checkpoint
 from loopsway.indexer.store.files import write_whole
-
-from .parity_strings import held_out_strings
 
 FORMAT = 1
 RECORD = "training.json"
@@ -41,27 +40,19 @@ class SavedCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """What a finished training reached.
+class SavedRun:
+    """A finished training.
 
     Attributes:
         run: the run's folder.
-        model: the arguments that rebuild the model.
-        seed: the seed that reached it.
-        seconds: of wall time, with any seed that was given up.
-        steps: optimizer steps of that seed.
-        training_accuracy: by string length, on the strings it was trained on.
-        held_out_accuracy: by string length, on strings it never saw.
+        seed: of all that was drawn.
+        seconds: of wall time.
         saved: its checkpoints, in the order of training.
     """
 
     run: str
-    model: dict[str, int]
     seed: int
     seconds: float
-    steps: int
-    training_accuracy: dict[int, float]
-    held_out_accuracy: dict[int, float]
     saved: tuple[SavedCheckpoint, ...]
 
     @property
@@ -73,13 +64,6 @@ class TrainReport:
             for saved in self.saved
         )
 
-    @property
-    def overall_held_out_accuracy(self) -> float:
-        """On all held-out strings taken together, however long."""
-        counts = {length: len(held_out_strings(length)) for length in self.held_out_accuracy}
-        right = sum(share * counts[length] for length, share in self.held_out_accuracy.items())
-        return right / sum(counts.values())
-
     def write(self) -> None:
         """Makes the run finished."""
         record = {"format": FORMAT, **asdict(self)}
@@ -87,7 +71,7 @@ class TrainReport:
         write_whole(Path(self.run) / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
-    def read(cls, run: str | Path) -> TrainReport:
+    def read(cls, run: str | Path) -> Self:
         """The record of a finished run.
 
         Raises:
@@ -98,7 +82,11 @@ class TrainReport:
         if not path.is_file():
             raise FileNotFoundError(f"{run} holds no finished training: {RECORD} is missing")
         try:
-            report = cls._parse(str(run), json.loads(path.read_bytes()))
+            record = json.loads(path.read_bytes())
+            if record.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}, the one this version of Loopsway reads")
+            saved = tuple(SavedCheckpoint(**checkpoint) for checkpoint in record.pop("saved"))
+            report = cls(run=str(run), saved=saved, **cls._from_json(record))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
         for checkpoint in report.saved:
@@ -107,22 +95,9 @@ class TrainReport:
         return report
 
     @classmethod
-    def _parse(cls, run: str, record: dict[str, Any]) -> TrainReport:
-        if record.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}, the one this version of Loopsway reads")
-        for accuracies in ("training_accuracy", "held_out_accuracy"):
-            record[accuracies] = {int(length): share for length, share in record[accuracies].items()}
-        saved = tuple(SavedCheckpoint(**checkpoint) for checkpoint in record.pop("saved"))
-        return cls(run=run, saved=saved, **record)
-
-
-def is_trained(run: str | Path) -> bool:
-    """Whether the folder holds a finished training, complete with its checkpoints."""
-    try:
-        TrainReport.read(run)
-    except (OSError, ValueError):
-        return False
-    return True
+    def _from_json(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """The fields that a subclass adds, as it has them."""
+        return record
 
 
 class CheckpointWriter:
