@@ -92,7 +92,7 @@ def test_trajectories_are_those_of_the_index(served: Served, index: Index, sketc
 def test_many_examples_are_measured_in_blocks_with_the_same_numbers(
     served: Served, index: Index, sketches: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loopsway.service.engine.DECODED_BYTES", 7 * index.width * 4)
+    monkeypatch.setattr("loopsway.service.questions.DECODED_BYTES", 7 * index.width * 4)
     ids = [f"tiny-{row}" for row in range(20)]
     request = pb.GetTrajectoriesRequest(queries=[sketch_query(index, sketches[0])], example_ids=ids)
     got = from_tensor(served.stub.GetTrajectories(request).influences)

@@ -79,7 +79,7 @@ def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.shutdown(socket.SHUT_RD)  # nobody reads its answers any more
-        facts = {"device": "cpu", "model_bytes": None, "log_format": "json", "log_level": "info"}
+        facts = {"device": "cpu", "model_bytes": None, "model_threads": None, "log_format": "json", "log_level": "info"}
         ended = subprocess.Popen(
             [
                 sys.executable,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,10 +13,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from loopsway.service.loading import load_engine
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, assert_alike, wait_for, without_model
+from serving import QUERIES, Served, assert_alike, wait_for
 
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=3)
 
@@ -78,26 +74,6 @@ def test_a_request_cancelled_in_the_model_costs_no_further_checkpoint(held: tupl
     served.gate.open()
     assert served.stub.FindInfluences(EXAMPLE).results
     assert served.gate.num_calls - before == 2, "the late checkpoint was run for the second request alone"
-
-
-async def test_cancelled_work_of_a_search_ends_at_its_next_part(index_path: Path) -> None:
-    engine = load_engine(without_model(index_path))
-    begun, ended = threading.Event(), threading.Event()
-
-    def work(go_on: Callable[[], None]) -> None:
-        begun.set()
-        try:
-            while True:
-                go_on()
-                time.sleep(0.001)
-        finally:
-            ended.set()
-
-    task = asyncio.create_task(engine._in_thread(work))
-    assert await asyncio.to_thread(begun.wait, 30)
-    task.cancel()
-    assert await asyncio.to_thread(ended.wait, 30)
-    await asyncio.to_thread(engine.close)
 
 
 def example(query: object) -> pb.FindInfluencesRequest:

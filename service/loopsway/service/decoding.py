@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loopsway.indexer import Index
 from loopsway.indexer.config import Resolve
@@ -204,6 +205,14 @@ def _sketch(sketch: pb.Sketch, field: str, index: Index, settings: Settings) -> 
         raise InvalidFieldError(f"{error} (steps, width of index {index.name})", field=where) from error
     if not 1 <= len(values) <= settings.max_steps:
         raise InvalidFieldError(f"the sketch has {len(values)} steps, expected 1 to {settings.max_steps}", field=where)
+    # One pass: a value that is not finite, or a step that is too long, makes a sum that this is not true of.
+    if not np.einsum("sw,sw->s", values, values).max() <= MOST_LENGTH**2:
+        _refuse_values(values, where)
+    return SketchQuery(values=values)
+
+
+def _refuse_values(values: NDArray[np.float32], where: str) -> None:
+    """Looks for what is wrong with a sketch, more slowly."""
     if not np.isfinite(values).all():
         step, column = np.argwhere(~np.isfinite(values))[0].tolist()
         raise InvalidFieldError(
@@ -217,4 +226,3 @@ def _sketch(sketch: pb.Sketch, field: str, index: Index, settings: Settings) -> 
             "overflow; scale the query down",
             field=where,
         )
-    return SketchQuery(values=values)

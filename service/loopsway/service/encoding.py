@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 import numpy as np
 from google.protobuf.struct_pb2 import Struct
 
-from loopsway.indexer import Index, Influencers, Neighbors, Ranked
+from loopsway.indexer import Index, Influencers, Neighbors
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
 
-from .engine import Curves, Engine, Influences, Trajectories
+from .answers import Curves, Influences, Trajectories
+from .engine import Engine
 from .queries import ResolvedQuery
 from .served import RefusedGeneration
 from .stretches import Stretch
@@ -54,25 +54,22 @@ def index_message(engine: Engine, refused: RefusedGeneration | None) -> pb.Index
 
 
 def influences_response(answers: Sequence[Influences], index: Index) -> pb.FindInfluencesResponse:
-    facts = _facts(answers, index)
-    ranking = partial(_ranking_message, facts=facts)
-    results = [
-        pb.QueryInfluences(
-            query=_query_message(answer.query),
-            total=ranking(answer.ranking.total),
-            steps=[ranking(step) for step in answer.ranking.steps],
-            recall=answer.ranking.recall,
-            trajectories=None if answer.curves is None else _curves_message(answer.curves),
-        )
-        for answer in answers
-    ]
-    return pb.FindInfluencesResponse(
-        results=results,
+    response = pb.FindInfluencesResponse(
         index=index.name,
         generation=index.generation,
         fingerprint=index.fingerprint,
         coverage=min(answer.ranking.coverage for answer in answers),
     )
+    facts = _facts(answers, index)
+    for answer in answers:
+        # Filled in place: a message that is put into another is encoded and parsed for it.
+        result = response.results.add(query=_query_message(answer.query), recall=answer.ranking.recall)
+        _fill(result.total, answer.ranking.total, facts)
+        for step in answer.ranking.steps:
+            _fill(result.steps.add(step=step.step), step, facts)
+        if answer.curves is not None:
+            result.trajectories.CopyFrom(_curves_message(answer.curves))
+    return response
 
 
 def _curves_message(curves: Curves) -> pb.Trajectories:
@@ -169,7 +166,7 @@ def _query_message(query: ResolvedQuery) -> pb.QuerySummary:
     )
 
 
-def _facts(answers: Sequence[Influences], index: Index) -> dict[int, pb.Influencer]:
+def _facts(answers: Sequence[Influences], index: Index) -> dict[int, bytes]:
     """What is known of each example in the answers, by its row: one that is strong at one step is so at many."""
     rows = np.unique(
         np.concatenate(
@@ -186,24 +183,16 @@ def _facts(answers: Sequence[Influences], index: Index) -> dict[int, pb.Influenc
             example_id=example.id,
             description=example.description,
             metadata=metadata_struct(example.metadata) if example.metadata else None,
-        )
+        ).SerializeToString()
         for row, example in zip(rows.tolist(), index.examples_in(rows), strict=True)
     }
 
 
-def _ranking_message(influencers: Influencers, *, facts: dict[int, pb.Influencer]) -> pb.Ranking:
-    return pb.Ranking(
-        step=influencers.step,
-        proponents=_ranked_messages(influencers.proponents, facts),
-        opponents=_ranked_messages(influencers.opponents, facts),
-    )
-
-
-def _ranked_messages(ranked: Ranked, facts: dict[int, pb.Influencer]) -> list[pb.Influencer]:
-    messages: list[pb.Influencer] = []
-    columns = (ranked.rows.tolist(), ranked.influences.tolist(), ranked.standard_errors.tolist())
-    for row, influence, standard_error in zip(*columns, strict=True):
-        message = pb.Influencer(influence=influence, standard_error=standard_error)
-        message.MergeFrom(facts[row])
-        messages.append(message)
-    return messages
+def _fill(ranking: pb.Ranking, influencers: Influencers, facts: Mapping[int, bytes]) -> None:
+    sides = ((ranking.proponents, influencers.proponents), (ranking.opponents, influencers.opponents))
+    for messages, ranked in sides:
+        columns = (ranked.rows.tolist(), ranked.influences.tolist(), ranked.standard_errors.tolist())
+        for row, influence, standard_error in zip(*columns, strict=True):
+            message = messages.add()
+            message.MergeFromString(facts[row])
+            message.influence, message.standard_error = influence, standard_error

@@ -6,8 +6,9 @@ S steps, W width. Queries of several requests share batches.
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -58,8 +59,12 @@ class QueryModel:
         """Queries that wait."""
         return 0 if self._batches is None else self._batches.num_waiting
 
-    async def load(self, worker: ModelWorker) -> None:
+    async def load(self, worker: ModelWorker, note: Callable[[int, float], object] | None = None) -> None:
         """Loads the task and its models.
+
+        Args:
+            worker: whose process runs them.
+            note: is told of each batch how many queries it was and how many seconds it took.
 
         Raises:
             LoadError: the task can't be loaded, or its model makes other sketches than the index holds.
@@ -69,7 +74,7 @@ class QueryModel:
         self._forget = weakref.finalize(self, _forget, asyncio.get_running_loop(), worker, self._key)
         self._forget.atexit = False
         self._batches = Batcher(
-            partial(_sketched, worker, self._key),
+            partial(_sketched, worker, self._key, note),
             batch_size=self._settings.batch_size,
             delay_s=self._settings.batch_delay_s,
             shared_faults=UnavailableError,
@@ -133,10 +138,18 @@ class QueryModel:
                 raise UnavailableError(found["text"], retry_after_s=self._settings.retry_after_s)
 
 
-async def _sketched(worker: ModelWorker, key: str, items: Sequence[tuple[Message, Passage]]) -> list[Answer]:
+async def _sketched(
+    worker: ModelWorker,
+    key: str,
+    note: Callable[[int, float], object] | None,
+    items: Sequence[tuple[Message, Passage]],
+) -> list[Answer]:
     for _, passage in items:
         passage.becomes("sketch")
+    begin = time.monotonic()
     reply, arrays = await worker.sketch(key, [item for item, _ in items])
+    if note is not None:
+        note(len(items), time.monotonic() - begin)
     sketches = iter(arrays)
     return [
         result

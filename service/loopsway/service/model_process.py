@@ -276,7 +276,16 @@ def _kind(error: Exception) -> str:
     return "invalid" if isinstance(error, ValueError | OSError) else "internal"
 
 
-def main(descriptor: int, device: str, model_bytes: int | None, log_format: LogFormat, log_level: str) -> None:
+def main(
+    descriptor: int,
+    device: str,
+    model_bytes: int | None,
+    model_threads: int | None,
+    log_format: LogFormat,
+    log_level: str,
+) -> None:
+    # Threads that wait for each other at every operation lose more by one that has no processor than it does for them.
+    torch.set_num_threads(model_threads or max(1, torch.get_num_threads() - 1))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     configure_logs(log_format, log_level)

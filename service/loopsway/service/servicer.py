@@ -135,8 +135,9 @@ class Servicer(AttributionServicer):
             deadline=deadline,
             require_full_coverage=request.require_full_coverage,
         )
-        answers = [answer.cut(*counts) for answer in answers]
-        count = sum(len(answer.influencers) for answer in answers)
+        if counts[0] != counts[1]:
+            answers = [answer.cut(*counts) for answer in answers]
+        count = sum(answer.num_influencers for answer in answers)
         if count > settings.max_influencers:
             raise InvalidFieldError(
                 f"the answer has {count} influencers, expected at most {settings.max_influencers}: lower k, name "

@@ -122,10 +122,14 @@ class Settings(BaseSettings):
         stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
         stream_batches: batches of one StreamInfluences that are under way or wait to be taken.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
-        retry_after_s: seconds after which they are told to.
+        max_wait_s: seconds of work that may lie before a request, as far as the server can tell from what it did
+            last; a request that would wait for longer is told to come back.
+        retry_after_s: seconds after which they are told to, at the least.
         batch_size: examples in one forward and backward of the model, of one request or several.
         batch_delay_s: how long a lone query waits for others to share its batch. With 0, a batch holds what came while
             the one before it ran.
+        model_threads: of the process that runs the models. None: all processors but one, which searches and answers
+            need, and at least one.
         model_bytes: of all models' weights in memory; the checkpoints that were not used for longest leave, and are
             loaded again when they are needed. None: half of the device's free memory.
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
@@ -169,9 +173,11 @@ class Settings(BaseSettings):
     stall_s: PositiveSeconds = 60.0
     stream_batches: Positive = 4
     max_waiting: NotNegative = 64
+    max_wait_s: PositiveSeconds = 30.0
     retry_after_s: PositiveSeconds = 1.0
     batch_size: Positive = 32
     batch_delay_s: Seconds = 0.0
+    model_threads: Positive | None = None
     model_bytes: Positive | None = None
     reload_poll_s: Seconds = 5.0
     search_threads: Positive = 2

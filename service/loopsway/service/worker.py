@@ -202,7 +202,7 @@ class _Life:
             facts = {
                 "descriptor": theirs.fileno(),
                 "device": device,
-                **settings.model_dump(include={"model_bytes", "log_format", "log_level"}),
+                **settings.model_dump(include={"model_bytes", "model_threads", "log_format", "log_level"}),
             }
             # A fresh interpreter, not a fork: what runs threads, as torch and gRPC do, hangs in a forked child.
             process = subprocess.Popen(
