@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loopsway.indexer.config import BITS
-from loopsway.indexer.search.coded_queries import MORE_PLANES, PLANES, bit_planes, code_queries
+from loopsway.indexer.search.coded_queries import MORE_PLANES, PLANES, code_queries
+from loopsway.indexer.search.planes import bit_planes
 from loopsway.indexer.sketches.coding import decode, encode
 
 from .test_scan import NO_PAIRS, PAIRS, force
@@ -30,7 +31,7 @@ def errors(queries: np.ndarray, rows: np.ndarray, bits: int, planes: int) -> np.
     values = decode(codes, np.ones(len(codes), np.float32), bits).astype(np.float64)
     coded = code_queries(queries, bits, planes)
     estimates = np.empty((len(queries), len(rows)), np.float32)
-    coded.estimate(codes, estimates)
+    coded.estimate(codes, np.ones(len(codes), np.float32), estimates)
     peaks = coded.peaks[:, None].astype(np.float64)
     return (estimates - queries / peaks @ values.T) / (coded.slack[:, None] * np.linalg.norm(values, axis=1))
 
@@ -69,7 +70,7 @@ def test_a_query_of_zeros_is_estimated_to_be_zero(bits: int) -> None:
     queries = np.zeros((2, 64), np.float32)
     coded, codes = code_queries(queries, bits), encode(torch.randn(5, 64), bits).codes
     estimates = np.empty((2, 5), np.float32)
-    coded.estimate(codes, estimates)
+    coded.estimate(codes, np.ones(len(codes), np.float32), estimates)
     assert not estimates.any()
     assert not coded.slack.any()
 
@@ -79,4 +80,4 @@ def test_bit_planes_are_those_of_a_loop(count: int) -> None:
     cells = np.random.default_rng(count).integers(1 << count, size=(3, 64)).astype(np.int32)
     planes = np.unpackbits(bit_planes(cells, count), axis=2, bitorder="little")
     for place in range(count):
-        np.testing.assert_array_equal(planes[place], [[cell >> place & 1 for cell in row] for row in cells.tolist()])
+        np.testing.assert_array_equal(planes[:, place], [[cell >> place & 1 for cell in row] for row in cells.tolist()])

@@ -107,7 +107,7 @@ def test_a_scan_finds_what_a_reading_of_all_finds(device: str, bits: int, arrang
     scores, scan = queries.astype(np.float64) @ decoded.T, DeviceScan(torch.device(device), AMPLE)
     for k in (1, 10, 500):
         for own, answer in zip(
-            scores.astype(np.float32), scan.scan("slot", queries, bits, rows, k, scorer(queries, scores)), strict=True
+            scores.astype(np.float32), scan.scan("slot", queries, bits, rows, k, scorer(scores)), strict=True
         ):
             assert sides(answer, k) == sides((np.arange(COUNT), own), k)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from loopsway.indexer import SketchConfig, delete_examples, open_index
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search import coded_queries, scan, slot
 from loopsway.indexer.search.filters import FilterError, matching_rows
-from loopsway.indexer.search.products import TILE_QUERIES, exact_products
+from loopsway.indexer.search.products import exact_products
 from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
 
 from .conftest import answered, build
 
 COUNT, BLOCK = 700, 64
-PAIRS = {"PAIRED_ROW_BYTES": 1, "PAIRED_COLUMNS": 1000, "PAIRED_QUERIES": 1000, "PAIRED_QUERY_BYTES": 1 << 30}
-NO_PAIRS = {"PAIRED_COLUMNS": 0, "PAIRED_QUERIES": 0}
+PAIRS = {"PAIRED_QUERIES": 1000, "PAIRED_QUERY_BYTES": 1 << 30}
+NO_PAIRS = {"PAIRED_QUERIES": 0}
 SMALL = {"BATCH": 64, "TOO_MANY": 0, "ESTIMATES": 5000}  # several stretches; sign bits meet more planes
 
 
@@ -56,13 +56,9 @@ def force(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
         monkeypatch.setattr(scan if hasattr(scan, name) else coded_queries, name, value)
 
 
-Scorer = Callable[[np.ndarray], scan.Scored]
-
-
-def scorer(queries: np.ndarray, scores: np.ndarray) -> Scorer:
+def scorer(scores: np.ndarray) -> scan.Score:
     """Gives scores [M, N] that are known."""
-    known = {query.tobytes(): own for query, own in zip(queries, scores, strict=True)}
-    return lambda query: known[query.tobytes()].__getitem__
+    return lambda asked: [scores[query][rows] for query, rows in asked]
 
 
 def sides(answer: scan.Answer, k: int) -> list[tuple[list[int], list[float]]]:
@@ -143,7 +139,7 @@ def test_a_scan_finds_what_a_reading_of_all_finds(
         scores = queries.astype(np.float64) @ decoded.T
         for k, may in ((1, np.arange(num_rows)), (10, some), (500, np.arange(num_rows))):
             kept = None if len(may) == num_rows else np.isin(np.arange(num_rows), may)
-            found = scan.scan(queries, bits, replace(rows, kept=kept), k, scorer(queries, scores))
+            found = scan.scan(queries, bits, replace(rows, kept=kept), k, scorer(scores))
             for own, answer in zip(scores.astype(np.float32), found, strict=True):
                 assert len(answer[0]) <= 2 * k
                 assert sides(answer, k) == sides((may, own[may]), k)
@@ -157,7 +153,7 @@ def test_blocks_of_which_nothing_may_be_found_are_not_read(bits: int, share: flo
     rows, decoded = rows_of(bits, 64, kept)
     queries, read = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32), []
     rows = replace(rows, codes=lambda block, codes=rows.codes: (read.append(block), codes(block))[1])
-    found = scan.scan(queries, bits, rows, 5, scorer(queries, queries @ decoded.T))
+    found = scan.scan(queries, bits, rows, 5, scorer(queries @ decoded.T))
     kept[13] = False
     assert sorted(read) == [block for block, own in enumerate(rows.blocks) if kept[own.start : own.stop].any()]
     assert all(kept[row] for answer in found for row in answer[0])
@@ -168,10 +164,11 @@ def test_few_rows_are_scored_exactly(bits: int) -> None:
     """With 4,096 coordinates, of 700 rows some 20 of each sign for a first floor, and few more."""
     rows, decoded = rows_of(bits, 4096)
     queries, scored = np.random.default_rng(2).standard_normal((8, 4096)).astype(np.float32), []
-    known = scorer(queries, queries @ decoded.T)
+    known = scorer(queries @ decoded.T)
 
-    def counted(query: np.ndarray) -> scan.Scored:
-        return lambda rows: (scored.append(len(rows)), known(query)(rows))[1]
+    def counted(asked: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        scored.extend(len(rows) for _, rows in asked)
+        return known(asked)
 
     scan.scan(queries, bits, rows, 5, counted)
     assert sum(scored) / len(queries) < 70
@@ -192,7 +189,7 @@ def test_a_scan_is_the_same_on_any_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append([sides(each, 7) for each in scan.scan(queries, 1, rows, 7, scorer(queries, scores))])
+            found.append([sides(each, 7) for each in scan.scan(queries, 1, rows, 7, scorer(scores))])
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
@@ -202,7 +199,7 @@ def test_a_scan_is_the_same_on_any_threads() -> None:
 def test_exact_products_are_those_of_float64(bits: int) -> None:
     rows, decoded = rows_of(bits, 1024)
     rng = np.random.default_rng(4)
-    some = rng.standard_normal((TILE_QUERIES + 3, 1024))
+    some = rng.standard_normal((35, 1024))
     queries = np.concatenate([some, np.zeros((1, 1024)), 1e-20 * some[:2], np.eye(1024)[:3]]).astype(np.float32)
     products = exact_products(queries, bits)
     for block, own in enumerate(rows.blocks):

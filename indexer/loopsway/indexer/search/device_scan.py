@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..sketches.coding import code_shape, decode
 from .coded_queries import ROUNDING, by_peaks, slack_of
-from .scan import Answer, Rows, Scored, in_threads, ranked
+from .scan import Answer, Rows, Score, ranked
 
 EXTRA, WIDENING = 16, 8  # candidates beyond k; more, times this, while one that is left out could be better
 TILE_BYTES = 256 << 20  # of what is made of a tile's codes: each tile costs a dozen launches
@@ -78,17 +78,15 @@ class DeviceScan:
         with self._lock:
             return list(self._held)
 
-    def scan(
-        self, name: Hashable, queries: np.ndarray, bits: int, rows: Rows, k: int, exact: Callable[[np.ndarray], Scored]
-    ) -> list[Answer]:
+    def scan(self, name: Hashable, queries: np.ndarray, bits: int, rows: Rows, k: int, score: Score) -> list[Answer]:
         """As `scan.scan`, of a slot by its name, which stands for its codes; rows that are kept may differ."""
         answers: dict[int, Answer] = {}
-        count, scored = k + EXTRA, in_threads(exact, queries)
+        count = k + EXTRA
         while waiting := [query for query in range(len(queries)) if query not in answers]:
             largest, smallest = self.candidates(name, queries[waiting], bits, rows, count)
             both = [np.union1d(*each) for each in zip(largest.rows, smallest.rows, strict=True)]
-            asked = zip(waiting, both, strict=True)
-            found = in_threads(lambda asked: ranked(asked[1], scored[asked[0]](asked[1])), asked)
+            scores = score(list(zip(waiting, both, strict=True)))
+            found = [ranked(*each) for each in zip(both, scores, strict=True)]
             for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
                 if _is_whole(answer[1], upper, k) and _is_whole(-answer[1][::-1], lower, k):
                     answers[query] = answer

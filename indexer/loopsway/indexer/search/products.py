@@ -2,22 +2,20 @@
 
 n rows, M queries, W width, L stored values of a row.
 
-Sign bits meet a query in 24 bit planes (coded_queries.py): sums are of whole numbers, so that equal codes have equal
-products whatever is beside them. Other codes are decoded, and summed in float64.
+Sign bits meet a query in 24 bit planes (planes.py): sums are of whole numbers, so that equal codes have equal products
+whatever is beside them. Other codes are decoded, and summed in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numkong
 import numpy as np
 
 from ..sketches.coding import decode
-from .coded_queries import bit_planes, query_by_query
+from .planes import TOGETHER, bit_planes, write_products
 
 PLANES = 24  # of a query that meets sign bits: float32 holds no more
-TILE_ROWS, TILE_QUERIES = 512, 32  # of sign bits: their counts stay in the cache
 TILE_BYTES = 1 << 20  # of decoded rows, at the least: they stay in the cache, and in the same memory
 
 
@@ -52,26 +50,15 @@ def _sign_products(queries: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     peaks[peaks == 0] = 1
     half = 1 << (PLANES - 1)
     cells = np.rint(queries / peaks[:, None] * (half - 1)).astype(np.int32) + half
-    weights = 2.0 ** np.arange(PLANES)
-    ones = np.full(
-        (1, queries.shape[1] // 8), 255, np.uint8
-    )  # levels are odd; with these taken off, they are 2 (cell - half)
-    groups = [cells[start : start + TILE_QUERIES] for start in range(0, len(cells), TILE_QUERIES)]
-    planes = (query_by_query(bit_planes(group, PLANES)) for group in groups)
-    packed = [numkong.hammings_pack(np.concatenate([each, ones])) for each in planes]
-    scale, offset = peaks / (2 * (half - 1)), (weights.sum() - 1) * queries.shape[1]
+    planes, ones = bit_planes(cells, PLANES), np.full((1, TOGETHER, queries.shape[1] // 8), 255, np.uint8)
+    scale, unit = peaks / (2 * (half - 1)), np.full(1, 1 / ((1 << TOGETHER) - 1))
 
     def products(codes: np.ndarray) -> np.ndarray:
-        out = np.empty((len(codes), len(queries)))
-        for start in range(0, len(codes), TILE_ROWS):
-            rows = slice(start, start + TILE_ROWS)
-            place = 0
-            for columns in packed:
-                differing = np.asarray(numkong.hammings_packed(codes[rows], columns)).astype(np.float64)
-                count = differing.shape[1] // PLANES
-                planes = differing[:, :-1].reshape(-1, count, PLANES) @ weights - differing[:, -1:]
-                out[rows, place : place + count] = planes
-                place += count
-        return (offset - 2 * out) * scale
+        factors, out, sums = np.ones(len(codes)), np.empty((len(queries), len(codes))), np.empty((1, len(codes)))
+        write_products(codes, planes, np.ones(len(queries)), factors, out)
+        write_products(codes, ones, unit, factors, sums)
+        out -= np.rint(sums)  # levels are odd; with these taken off, they are 2 (cell - half)
+        out *= scale[:, None]
+        return out.T
 
     return products

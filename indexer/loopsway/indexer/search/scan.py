@@ -17,16 +17,17 @@ of queries over their peaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from .coded_queries import MORE_PLANES, CodedQueries, code_queries
+from .compiled import group_peaks, reaching
 
 ESTIMATES, STRETCH_ROWS = 1 << 23, 1 << 20  # held at once; of a query
 SPARSE = 0.25  # with a smaller share of rows that may be found, a block's are copied out before they are multiplied
@@ -36,7 +37,9 @@ TOO_MANY = 1 / 32  # of a stretch, and more than a batch: rows that reach a floo
 GROUP = 32
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
 
-Scored = Callable[[np.ndarray], np.ndarray]  # of rows int64 [n]: their exact scores, float64 [n]
+# Of numbers of queries, and rows int64 [n] with each: the exact scores of each, float64 [n].
+Score = Callable[[Sequence[tuple[int, np.ndarray]]], list[np.ndarray]]
+Taking = Generator[np.ndarray, np.ndarray, bool]
 Answer = tuple[
     np.ndarray, np.ndarray
 ]  # rows int64 [c], and their scores, float32, the largest first; equal ones by row
@@ -73,7 +76,7 @@ class Rows:
         return replace(self, factors=np.where(self.kept, self.factors, np.float32(0)), kept=None)
 
 
-def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, exact: Callable[[np.ndarray], Scored]) -> list[Answer]:
+def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, score: Score) -> list[Answer]:
     """The k rows of largest, and the k of smallest, score with each query, as far as these are above and below zero.
 
     As many threads read as torch has.
@@ -83,20 +86,20 @@ def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, exact: Callable[[np
         bits: of a stored coordinate.
         rows: to scan.
         k: of each sign.
-        exact: gives what scores rows exactly, of a query [W].
+        score: scores rows exactly.
 
     Returns:
         For each query at most 2 k rows, among them the answer: of equal scores the first rows, also of the smallest.
     """
     rows, coded = rows.only_kept(), code_queries(queries, bits)
-    best = in_threads(lambda asked: _Best(exact(asked[0]), float(asked[1]), k), zip(queries, coded.peaks, strict=True))
+    best = [_Best(query, float(peak), k) for query, peak in enumerate(coded.peaks)]
     for blocks in _stretches(rows.blocks, len(queries)):
         num_rows = rows.blocks[blocks[-1]].stop - rows.blocks[blocks[0]].start
         most = max(BATCH, int(TOO_MANY * num_rows)) if bits == 1 else num_rows
-        waiting = _taken(coded, best, rows, blocks, most)
+        waiting = _taken(coded, best, rows, blocks, most, score)
         if waiting:
-            more = code_queries(queries[waiting], bits, MORE_PLANES)
-            _taken(more, [best[query] for query in waiting], rows, blocks, num_rows)
+            more = code_queries(queries[[each.query for each in waiting]], bits, MORE_PLANES)
+            _taken(more, waiting, rows, blocks, num_rows, score)
     return [each.answer for each in best]
 
 
@@ -109,10 +112,17 @@ def ranked(rows: np.ndarray, scores: np.ndarray) -> Answer:
 
 def in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
     """What a function that waits for no other thread gives of each item, in as many threads as torch has."""
-    items = list(items)
-    if len(items) == 1:
-        return [function(items[0])]
-    return list(_threads(torch.get_num_threads()).map(function, items))
+    items, count = list(items), torch.get_num_threads()
+    if len(items) == 1 or count == 1:
+        return [function(item) for item in items]
+    results: list[Any] = [None] * len(items)
+
+    def share(first: int) -> None:
+        for place in range(first, len(items), count):
+            results[place] = function(items[place])
+
+    list(_threads(count).map(share, range(count)))
+    return results
 
 
 @cache
@@ -133,8 +143,10 @@ def _stretches(blocks: Sequence[range], num_queries: int) -> Iterator[list[int]]
         yield stretch
 
 
-def _taken(coded: CodedQueries, best: Sequence[_Best], rows: Rows, blocks: Sequence[int], most: int) -> list[int]:
-    """Takes in a stretch; the places of those queries for which more than `most` rows reach a floor, which did not."""
+def _taken(
+    coded: CodedQueries, best: Sequence[_Best], rows: Rows, blocks: Sequence[int], most: int, score: Score
+) -> list[_Best]:
+    """Takes in a stretch; gives those for which more than `most` rows reach a floor, which did not."""
     start, stop = rows.blocks[blocks[0]].start, rows.blocks[blocks[-1]].stop
     estimates = np.empty((len(best), stop - start), np.float32)
 
@@ -146,69 +158,92 @@ def _taken(coded: CodedQueries, best: Sequence[_Best], rows: Rows, blocks: Seque
     shares = np.array_split(np.array(blocks), min(torch.get_num_threads(), len(blocks)))
     in_threads(fill, [share.tolist() for share in shares])
     lengths = rows.factors[start:stop] * np.float32(rows.longest)
-    taken = in_threads(
-        lambda place: best[place].take(start, estimates[place], lengths * coded.slack[place], most), range(len(best))
-    )
-    return [place for place, done in enumerate(taken) if not done]
+    taking = {
+        each: each.take(start, own, lengths, slack, most)
+        for each, own, slack in zip(best, estimates, coded.slack, strict=True)
+    }
+    waiting, scores = list[_Best](), list[np.ndarray | None]([None] * len(best))
+    while taking:  # rows of all queries are scored together
+        wanted = in_threads(lambda each: _next(each[0], each[1]), zip(taking.values(), scores, strict=True))
+        waiting += [each for each, rows in zip(taking, wanted, strict=True) if rows is None]
+        asked = [(each, rows) for each, rows in zip(taking, wanted, strict=True) if rows is not None and len(rows)]
+        taking = {each: taking[each] for each, _ in asked}
+        scores = score([(each.query, rows) for each, rows in asked])
+    return waiting
+
+
+def _next(taking: Taking, scores: np.ndarray | None) -> np.ndarray | None:
+    """The rows that are scored next, none at the end; None where too many would have to be."""
+    try:
+        return next(taking) if scores is None else taking.send(scores)
+    except StopIteration as end:
+        return np.empty(0, np.int64) if end.value else None
 
 
 def _estimate(coded: CodedQueries, rows: Rows, block: int, out: np.ndarray) -> None:
     """Writes the estimates [M, n] of a block, which is not read where all are 0."""
     factors = rows.factors[rows.blocks[block].start : rows.blocks[block].stop]
     if np.count_nonzero(factors) > SPARSE * len(factors):
-        coded.estimate(rows.codes(block), out)
-        out *= factors
+        coded.estimate(rows.codes(block), factors, out)
         return
     out[...] = 0
     live = np.flatnonzero(factors)
     if len(live):
         few = np.empty((len(out), len(live)), np.float32)
-        coded.estimate(rows.codes(block)[live], few)
-        out[:, live] = few * factors[live]
+        coded.estimate(rows.codes(block)[live], factors[live], few)
+        out[:, live] = few
 
 
 class _Best:
     """The best rows of one query so far.
 
     Args:
-        scored: scores rows.
+        query: its number.
         peak: of the query.
         k: of each sign.
     """
 
-    def __init__(self, scored: Scored, peak: float, k: int) -> None:
-        self._scored, self._peak, self._k = scored, peak, k
+    def __init__(self, query: int, peak: float, k: int) -> None:
+        self.query, self._peak, self._k = query, peak, k
         self.answer: Answer = np.empty(0, np.int64), np.empty(0, np.float32)
         self._high = self._low = np.float32(POSITIVE)  # floors: of estimates, and of their negatives
 
-    def take(self, start: int, estimates: np.ndarray, widths: np.ndarray, most: int) -> bool:
-        """Takes in a stretch that begins with the row `start`; not all of it, and False, if more rows reach a floor."""
+    def take(self, start: int, estimates: np.ndarray, lengths: np.ndarray, slack: np.float32, most: int) -> Taking:
+        """Takes in a stretch that begins with the row `start`; not all of it, and False, if more rows reach a floor.
+
+        Yields rows, and is sent their scores. Estimates of rows that are taken in become NaN, which reaches nothing.
+        """
         known = self.answer[0] - start  # those of this stretch: taken in when the query met fewer planes
         known = known[(known >= 0) & (known < len(estimates))]
-        first = np.setdiff1d(_extremes(estimates, self._k + EXTRA), known)
-        self._add(first + start)
-        reach = self._above(estimates, widths) >= 0
-        reach[first] = reach[known] = False
-        rows = np.flatnonzero(reach)
-        if len(rows) > most:
+        estimates[known] = np.nan
+        if not len(known):
+            first = _extremes(estimates, self._k + EXTRA)
+            if len(first):
+                self._add(first + start, (yield first + start))
+                estimates[first] = np.nan
+        rows = np.empty(min(most, len(estimates)), np.int64)
+        count = reaching(estimates, lengths, slack, self._high, self._low, rows)
+        if count > len(rows):
             return False
-        rows = rows[np.argsort(-self._above(estimates[rows], widths[rows]))]
+        rows = rows[:count]
+        widths, estimates = lengths[rows] * slack, estimates[rows]
+        order = np.argsort(-self._above(estimates, widths))
+        rows, widths, estimates = rows[order], widths[order], estimates[order]
         while len(rows):
-            self._add(np.sort(rows[:BATCH]) + start)
-            rows = rows[BATCH:]
-            rows = rows[self._above(estimates[rows], widths[rows]) >= 0]
+            now = rows[:BATCH] + start
+            self._add(now, (yield now))
+            rows, widths, estimates = rows[BATCH:], widths[BATCH:], estimates[BATCH:]
+            left = self._above(estimates, widths) >= 0
+            rows, widths, estimates = rows[left], widths[left], estimates[left]
         return True
 
     def _above(self, estimates: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """By how much a row may exceed a floor; below 0 it can't reach any."""
         return np.maximum(estimates + widths - self._high, widths - estimates - self._low)
 
-    def _add(self, rows: np.ndarray) -> None:
-        if not len(rows):
-            return
-        k, (known, scores) = self._k, self.answer
-        own = self._scored(rows).astype(np.float32)
-        rows, scores = ranked(np.concatenate([known, rows]), np.concatenate([scores, own]))
+    def _add(self, rows: np.ndarray, scores: np.ndarray) -> None:
+        k, (known, known_scores) = self._k, self.answer
+        rows, scores = ranked(np.concatenate([known, rows]), np.concatenate([known_scores, scores.astype(np.float32)]))
         if len(rows) >= k:
             self._high, self._low = self._floor(scores[k - 1]), self._floor(-scores[-k])
         if len(rows) > 2 * k:  # of equal scores the first rows, also of the least
@@ -223,14 +258,17 @@ class _Best:
 
 def _extremes(estimates: np.ndarray, count: int) -> np.ndarray:
     """Rows of the largest estimates above 0 and the smallest below: about `count` of each, if there are so many."""
-    most, least = max(_reached(estimates, count), POSITIVE), max(_reached(-estimates, count), POSITIVE)
-    return np.flatnonzero((estimates >= most) | (estimates <= -least))[: 8 * count]  # of equal ones any will do
+    highest, lowest = estimates, estimates
+    num_groups = len(estimates) // GROUP
+    if num_groups > 4 * count:  # the peaks of groups are much fewer: the count-th of them will do
+        highest, lowest = np.empty(num_groups, np.float32), np.empty(num_groups, np.float32)
+        group_peaks(estimates, num_groups, highest, lowest)
+    high, low = (max(_reached(peaks, count), np.float32(POSITIVE)) for peaks in (highest, -lowest))
+    rows = np.empty(8 * count, np.int64)  # of equal ones any will do
+    return rows[: reaching(estimates, estimates, np.float32(0), high, low, rows)]
 
 
-def _reached(values: np.ndarray, count: int) -> float:
+def _reached(values: np.ndarray, count: int) -> np.float32:
     """A value that at least `count` reach, and not many more; the least of fewer."""
-    groups = len(values) // GROUP
-    if groups > 4 * count:  # the largest of each group are much fewer: the count-th of them will do
-        values = values[: groups * GROUP].reshape(GROUP, groups).max(0)
     place = max(0, len(values) - count)
-    return float(np.partition(values, place)[place])
+    return np.partition(values, place)[place]

@@ -9,8 +9,8 @@ By default every code is read (scan.py, or device_scan.py); an approximate searc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ..store.generation import Generation
 from ..store.row_table import open_row_table
 from .device_scan import DeviceScan
 from .products import exact_products
-from .scan import Rows, Scored, in_threads, ranked, scan
+from .scan import Rows, Score, in_threads, ranked, scan
 from .shards import DecodedRows, Shards
 
 SCAN_QUERIES = 64  # in one pass over the codes
@@ -135,31 +135,48 @@ class Slot:
             return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         if effort is not None and self._shards.can_search_within(kept):
             candidates = self._shards.candidates(queries, k, effort=effort, kept=kept)
-            return in_threads(self._ranked, zip(candidates, queries, strict=True))
+            scores = self._scores_of(queries)(list(enumerate(candidates)))
+            return [ranked(*each) for each in zip(candidates, scores, strict=True)]
         parts = (queries[start : start + SCAN_QUERIES] for start in range(0, len(queries), SCAN_QUERIES))
         return [answer for part in parts for answer in self._scanned(part, k, kept)]
 
     def _scanned(self, queries: np.ndarray, k: int, kept: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
         rows, first = self._rows_to_scan(kept), self.within.start
-        scored = partial(self._scored, first=first)
+        score = self._scores_of(queries, first)
         if self._device_scan is None:
-            found = scan(queries, self._bits, rows, k, scored)
+            found = scan(queries, self._bits, rows, k, score)
         else:
             name = (self._generation.folder.address, self.step)
-            found = self._device_scan.scan(name, queries, self._bits, rows, k, scored)
+            found = self._device_scan.scan(name, queries, self._bits, rows, k, score)
         return [(places + first, scores) for places, scores in found]
 
-    def _scored(self, query: np.ndarray, first: int = 0) -> Scored:
-        """Gives the scores, float64 [n], of rows that are numbered from `first` on."""
-        products = exact_products(query[None], self._bits)
+    def _scores_of(self, queries: np.ndarray, first: int = 0) -> Score:
+        """Scores rows that are numbered from `first` on, with queries [M, W] by their numbers."""
+        products: dict[int, Callable[[np.ndarray], np.ndarray]] = {}
         at_once = max(1, SCORED_BYTES // row_bytes(self._generation.plan.width, self._bits))
 
-        def scored(rows: np.ndarray) -> np.ndarray:
-            rows = rows + first
-            parts = np.split(rows, range(at_once, len(rows), at_once))
-            return np.concatenate([products(self.codes(part))[:, 0] for part in parts]) * self.factors[rows]
+        def scores(asked: tuple[int, np.ndarray, np.ndarray]) -> np.ndarray:
+            query, rows, codes = asked
+            if query not in products:
+                products[query] = exact_products(queries[query, None], self._bits)
+            return products[query](codes)[:, 0] * self.factors[rows]
 
-        return scored
+        def score(asked: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+            whose = np.repeat(np.arange(len(asked)), [len(rows) for _, rows in asked])
+            rows = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in asked)]) + first
+            parts = [list[np.ndarray]() for _ in asked]
+            for start in range(0, len(rows), at_once):
+                part = slice(start, start + at_once)
+                codes = self.codes(rows[part])
+                ends = np.flatnonzero(np.diff(whose[part])) + 1
+                own = zip(np.split(rows[part], ends), np.split(codes, ends), strict=True)
+                numbers = whose[part][np.r_[0, ends]].tolist()
+                found = in_threads(scores, [(asked[place][0], *each) for place, each in zip(numbers, own, strict=True)])
+                for place, each in zip(numbers, found, strict=True):
+                    parts[place].append(each)
+            return [np.concatenate([np.empty(0), *each]) for each in parts]
+
+        return score
 
     def _rows_to_scan(self, kept: np.ndarray | None) -> Rows:
         """Numbered from the first that may be read."""
@@ -187,13 +204,6 @@ class Slot:
         live = factors > 0
         lengths = norms[live] / factors[live]  # but for what coding took from the row
         return float(lengths.max(initial=0)) * math.sqrt(variance_factor(self._bits))
-
-    def _ranked(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows and a query: the rows and their scores, the largest first; equal ones by row."""
-        rows, query = asked
-        if not len(rows):  # where no cell that FAISS visited holds one that may be found
-            return rows, np.empty(0, np.float32)
-        return ranked(rows, self._scored(query)(rows))
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Estimated inner products of rows with rotated queries [M, W]; float32 [M, R], as `search` scores them."""

@@ -18,6 +18,7 @@ import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,11 @@ class Generation:
             IndexDamagedError: a chunk is missing or cut short.
         """
         out = np.empty((len(rows), self._length), self._dtype)
-        blocks, places = np.divmod(rows, self.plan.block_rows)
-        for block in np.unique(blocks):
-            chosen = blocks == block
-            out[chosen] = self._map(step, int(block))[places[chosen]]
+        order = np.argsort(rows, kind="stable")
+        blocks, places = np.divmod(rows[order], self.plan.block_rows)
+        starts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()
+        for start, stop in pairwise([*starts, len(rows)]):
+            out[order[start:stop]] = self._map(step, int(blocks[start]))[places[start:stop]]
         return out
 
     def mapped_codes(self, step: int | None, block: int) -> np.ndarray:
