@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from looped_gpt import GPTTask, Shape, synthetic_texts
-from measurement import markdown_table, median_seconds, parse_arguments
+from measurement import markdown_table, parse_arguments
 
+from loopsway.experiments.looped_gpt import GPTTask, Shape
+from loopsway.experiments.texts import synthetic_texts
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import ExampleSketcher, SketchConfig, Task, load_task
 from loopsway.indexer.gradients.forms import Dense, Gradient, OuterProduct
 from loopsway.indexer.sketches.capture import Capture

@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_store import peak_memory, random_block, synthetic_plan
-from measurement import markdown_table, median_seconds, parse_arguments
+from measurement import markdown_table, parse_arguments
 
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import Index, find_duplicates, find_neighbors, open_index, score_examples, step_energies
 from loopsway.indexer.building.publication import publish
 from loopsway.indexer.curation.query_set import QuerySet

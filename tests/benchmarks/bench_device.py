@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from bench_search import BATCHES, K, code_blocks, draw, right_ids, stored_slot
-from looped_gpt import Shape, synthetic_texts
-from measurement import markdown_table, median_seconds
+from measurement import markdown_table
 from sdi import ProjectedTracInSDI
 from sketch_models import WORKLOADS, Workload
 from torch import Tensor, nn
 
+from loopsway.experiments.looped_gpt import Shape
+from loopsway.experiments.texts import synthetic_texts
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import SketchConfig, StepSketcher
 from loopsway.indexer.gradients.forms import OuterProduct
 from loopsway.indexer.sketches.coding import code_examples

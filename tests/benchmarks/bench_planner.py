@@ -16,8 +16,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measurement import markdown_table, median_seconds, parse_arguments
+from measurement import markdown_table, parse_arguments
 
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer.config import LayerPath
 from loopsway.indexer.gradients.forms import OuterProduct
 from loopsway.indexer.sketches import planner

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 from bench_search import draw, stored_slot
-from looped_gpt import DATA_VARIABLE, GPTTask, Shape, gsm8k_folder, gsm8k_texts, synthetic_texts
-from measurement import markdown_table, median_seconds, parse_arguments
+from measurement import markdown_table, parse_arguments
 
+from loopsway.experiments.looped_gpt import GPTTask, Shape
+from loopsway.experiments.texts import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import Approximation, ExampleSketcher, SketchConfig, build_index
 from loopsway.indexer.building.recall import GIVEN, HELD_OUT, Measured, measured
 from loopsway.indexer.search.queries import query_vectors

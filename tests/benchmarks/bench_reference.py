@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from looped_gpt import DATA_VARIABLE, GPTTask, LoopedGPT, Shape, gsm8k_folder, gsm8k_texts, synthetic_texts
-from measurement import markdown_table, mean_and_deviation, median_seconds, parse_arguments
+from measurement import markdown_table, mean_and_deviation, parse_arguments
 from sdi import ProjectedTracInSDI
 from sdi.estimators import compute_query_sdi
 from torch import Tensor
 
+from loopsway.experiments.looped_gpt import GPTTask, LoopedGPT, Shape
+from loopsway.experiments.texts import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import SketchConfig, StepSketcher
 from loopsway.indexer.sketches.coding import code_examples, decode, encode, rotate, row_bytes
 

@@ -21,8 +21,9 @@ import faiss
 import numpy as np
 import torch
 from bench_store import synthetic_plan
-from measurement import markdown_table, median_seconds, parse_arguments
+from measurement import markdown_table, parse_arguments
 
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer.config import SketchConfig
 from loopsway.indexer.search.device_scan import device_scan
 from loopsway.indexer.search.slot import Slot, open_slots

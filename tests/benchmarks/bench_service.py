@@ -30,12 +30,13 @@ import grpc
 import grpc.aio
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from looped_gpt import ServedGPT, synthetic_texts
 from measurement import markdown_table, parse_arguments
+from served_gpt import ServedGPT
 
 from loopsway.cli.bench import quantiles_ms
 from loopsway.client import ExampleQuery, SketchQuery
 from loopsway.client.load import OK, Load, Measurement, load_request
+from loopsway.experiments.texts import synthetic_texts
 from loopsway.indexer import Index, SketchConfig, build_index
 from loopsway.service import Engine, IndexSettings, Settings
 from loopsway.service import queries as engine_queries
@@ -44,7 +45,7 @@ from loopsway.service.worker import ModelWorker
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 
-TASK = f"{Path(__file__).with_name('looped_gpt.py')}:ServedGPT"
+TASK = f"{Path(__file__).with_name('served_gpt.py')}:ServedGPT"
 K = 10
 NUM_QUERIES, ENGINE_BATCHES, CALLERS, LOADS = 64, (1, 16, 32), (1, 4, 16), (0.5, 1.0, 2.0)
 

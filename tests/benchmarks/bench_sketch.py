@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from looped_gpt import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
 from measurement import markdown_table, parse_arguments
 from sketch_accuracy import Extent, SelfInfluence, error_tables
 from sketch_memory import memory_tables
@@ -29,6 +28,8 @@ from sketch_models import WORKLOADS, workload
 from sketch_ranking import RankingExtent, ranking_table
 from sketch_time import TIME_HEADER, TIME_LEGEND, Subject, growth_table, time_row, width_growth_table
 from sketch_widths import Curve
+
+from loopsway.experiments.texts import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
 
 NUM_TEXTS = 512 + 32
 SHORT_STEPS = 8  # of (c), for accuracy: exact gradients of 32 steps take long

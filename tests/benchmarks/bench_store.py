@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from looped_gpt import gsm8k_folder, gsm8k_texts, synthetic_texts
 from measurement import markdown_table, parse_arguments
 from sketch_models import workload
 
+from loopsway.experiments.texts import gsm8k_folder, gsm8k_texts, synthetic_texts
 from loopsway.indexer import Checkpoint, ExampleSketcher, Loop, SketchConfig, open_index, verify_index
 from loopsway.indexer.building.part import MOST_BLOCK_ROWS
 from loopsway.indexer.building.publication import finished_part, publish

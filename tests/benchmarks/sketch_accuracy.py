@@ -1,29 +1,23 @@
 """Errors of our influences and the reference's against exact ones, for what is stored of an example's step.
 
-N examples, S steps, W width, P entries of the loop's gradient, m the reference's floats for each parameter tensor.
-
-As in the paper (Kaissis et al. 2026), a training set is compared with itself: the error is that of the block
-[N, N, S] of influences of every example on every example at each step, the diagonal included, relative to the exact
-block (Frobenius norm), over several seeds of the hashes. The side that asks is float32, as in a search.
+N examples, W width, m the reference's floats for each parameter tensor. What an error is of, `loopsway.experiments.
+accuracy` says; here it is one for each seed of the hashes.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from looped_gpt import GPTTask
 from measurement import markdown_table, mean_and_deviation
-from sdi import ProjectedTracInSDI
-from sdi.estimators import compute_query_sdi
 from sketch_models import Workload
 from torch import Tensor, nn
 
+from loopsway.experiments import accuracy
+from loopsway.experiments.looped_gpt import GPTTask
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import row_bytes
 
 FACTOR_AND_NORM_BYTES = 8
 BITS = (1, 2, 4, 8, 16, 32)
@@ -83,38 +77,15 @@ class Row:
         return (self.name, str(self.bits), f"{self.floats:,}", f"{self.size_bytes:,}", error)
 
 
-class SelfInfluence:
-    """One trained model and the exact influences of its examples on one another.
-
-    Attributes:
-        truth: [N, N, S].
-        total_norms: [N], of each example's gradient, all steps added.
-        step_norms: [N, S], of each step's.
-    """
+class SelfInfluence(accuracy.SelfInfluence):
+    """Of one trained model's examples, with every way to store them as a row."""
 
     def __init__(self, extent: Extent, texts: Sequence[str]) -> None:
         self.extent = extent
-        self.task = extent.workload.task(texts, training_steps=extent.training_steps)
-        self.model = self.task.model(self.task.checkpoints()[0])
-        size = extent.workload.shape.batch
-        self.batches = [
-            self.task.collate(texts[start : min(start + size, extent.num_examples)])
-            for start in range(0, extent.num_examples, size)
-        ]
-        self._exact = ready_sketcher(self.task, self.model, SketchConfig(width=None), self.batches[0])
-        self.shapes = self._exact.parameters
-        self.totals = torch.cat([steps.sum(1) for steps in self.step_gradients()])  # [N, P]
-        parts, norms = [], []
-        for steps in self.step_gradients():
-            parts.append(_query_step(self.totals, steps))
-            norms.append(torch.linalg.vector_norm(steps, dim=2))
-        self.truth, self.step_norms = torch.cat(parts, dim=1), torch.cat(norms)
-        self.total_norms = torch.linalg.vector_norm(self.totals, dim=1)
-
-    def step_gradients(self) -> Iterator[Tensor]:
-        """Exact ones, [B, S, P], batch after batch: all at once may not fit in memory."""
-        for batch in self.batches:
-            yield self._exact.sketch(self.task.losses, batch)
+        task = extent.workload.task(texts, training_steps=extent.training_steps)
+        size, examples = extent.workload.shape.batch, texts[: extent.num_examples]
+        batches = [task.collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+        super().__init__(task, task.model(task.checkpoints()[0]), task.body, batches, batches[0][:2])
 
     def our_rows(self, width: int, bits: Sequence[int] = BITS) -> list[Row]:
         rows = {
@@ -127,34 +98,14 @@ class SelfInfluence:
             for each in bits
         }
         for seed in range(self.extent.num_seeds):
-            config = SketchConfig(width=width, seed=seed)
-            sketcher = ready_sketcher(self.task, self.model, config, self.batches[0])
-            steps = torch.cat([rotate(sketcher.sketch(self.task.losses, batch), seed) for batch in self.batches])
-            totals = steps.sum(1)
-            for each, row in rows.items():
-                coded = encode(totals, each)
-                stored = torch.from_numpy(decode(coded.codes, coded.factors, each))
-                row.errors.append(self._error(_query_step(stored, steps)))
+            for each, error in self.our_errors(width, bits, seed).items():
+                rows[each].errors.append(error)
         return list(rows.values())
 
     def reference_row(self, projection: int) -> Row:
         floats = projection * len(self.shapes)
-        row = Row(name=f"reference, m={projection}", bits=32, floats=floats, size_bytes=4 * floats)
-        for seed in range(self.extent.num_seeds):
-            model = copy.deepcopy(self.model)
-            estimator = ProjectedTracInSDI(
-                model=model,
-                target_modules=model.get_submodule(self.task.body),
-                projection_size=projection,
-                seed=seed,
-            )
-            features = estimator.featurize_loader(loader=self.batches, loss_fn=self.task.losses)
-            estimator.close()
-            row.errors.append(self._error(compute_query_sdi(train=features, query=features)))
-        return row
-
-    def _error(self, estimate: Tensor) -> float:
-        return float((estimate - self.truth).norm() / self.truth.norm())
+        errors = [self.reference_error(projection, seed) for seed in range(self.extent.num_seeds)]
+        return Row(name=f"reference, m={projection}", bits=32, floats=floats, size_bytes=4 * floats, errors=errors)
 
 
 def ready_sketcher(task: GPTTask, model: nn.Module, config: SketchConfig, batch: Tensor) -> StepSketcher:
@@ -162,11 +113,6 @@ def ready_sketcher(task: GPTTask, model: nn.Module, config: SketchConfig, batch:
     sketcher = StepSketcher(model, task.loop, config)
     sketcher.sketch(task.losses, batch[:2])
     return sketcher
-
-
-def _query_step(totals: Tensor, steps: Tensor) -> Tensor:
-    """[N, P] and [Q, S, P] give [N, Q, S]."""
-    return (totals @ steps.flatten(0, 1).T).unflatten(1, steps.shape[:2])
 
 
 def error_tables(influence: SelfInfluence) -> str:

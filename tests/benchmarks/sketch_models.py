@@ -2,7 +2,8 @@
 
 B examples, T bytes, D model dimension.
 
-Each is written here in plain PyTorch, in the shape of the model that it stands for; looped_gpt.py has the looped GPT.
+Each is written here in plain PyTorch, in the shape of the model that it stands for;
+`loopsway.experiments.looped_gpt` has (a) to (c).
 """
 
 from __future__ import annotations
@@ -12,35 +13,23 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from looped_gpt import HEAD_DIMENSION, NUM_BYTES, PADDING, Block, GPTTask, Shape
 from torch import Tensor, nn
 
+from loopsway.experiments.looped_gpt import (
+    HEAD_DIMENSION,
+    NUM_BYTES,
+    PADDING,
+    Block,
+    GPTTask,
+    PreludeCodaTask,
+    Shape,
+)
 from loopsway.indexer import Loop
 
 MASK, MASKED_EVERY = 1, 7  # a byte that no text has; and how far apart the bytes are that ALBERT must guess
 EMBEDDED = 128  # ALBERT's embeddings are narrower than its layer
-PRELUDE, RECURRENT, CODA = 2, 4, 2
 GPT2_LAYERS = 4
 SMOKE_SHAPE = Shape(dim=32, num_steps=2, num_bytes=16, batch=4)
-
-
-class PreludeCodaGPT(nn.Module):
-    """The paper's shape: some blocks once, a stack of blocks again and again, some blocks once."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.num_steps = shape.num_steps
-        self.bytes, self.places = nn.Embedding(NUM_BYTES, shape.dim), nn.Embedding(shape.num_bytes, shape.dim)
-        self.prelude, self.recurrent, self.coda = (
-            nn.Sequential(*(Block(shape) for _ in range(count))) for count in (PRELUDE, RECURRENT, CODA)
-        )
-        self.norm, self.head = nn.LayerNorm(shape.dim), nn.Linear(shape.dim, NUM_BYTES, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        state = injected = self.prelude(self.bytes(tokens) + self.places.weight[: tokens.shape[1]])
-        for _ in range(self.num_steps):
-            state = self.recurrent(state + injected)
-        return self.head(self.norm(self.coda(state)))
 
 
 class AlbertLayer(nn.Module):
@@ -93,12 +82,6 @@ class GPT2(nn.Module):
         for block in self.blocks:
             state = block(state)
         return F.linear(self.norm(state), self.bytes.weight)
-
-
-class PreludeCodaTask(GPTTask):
-    architecture = PreludeCodaGPT
-    body = "recurrent"
-    loop = Loop(body=["recurrent"])
 
 
 class GPT2Task(GPTTask):

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from looped_gpt import GPTTask
-from measurement import markdown_table, median_seconds
+from measurement import markdown_table
 from sdi import ProjectedTracInSDI
 from sketch_accuracy import ready_sketcher
 from sketch_models import Workload, workload
 from torch import Tensor, nn
 
+from loopsway.experiments.looped_gpt import GPTTask
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import SketchConfig
 from loopsway.indexer.gradients.forms import Gradient, OuterProduct
 from loopsway.indexer.sketches.capture import Capture

@@ -8,7 +8,7 @@ import click
 
 from .failure import in_one_line, needs, stoppable
 
-NAMES = ("fig1", "fig2", "fig4")
+NAMES = ("fig1", "fig2", "fig4", "scale")
 
 
 @click.command(short_help="Run an experiment of the paper.")
@@ -29,6 +29,8 @@ def reproduce(name: str, out: Path | None, full: bool, device: str) -> None:
     fig2: a looped transformer that solves Sudoku, with more loops than in training, by difficulty.
 
     fig4: error of influences against width, ours and the reference's, with the theory.
+
+    scale: time, memory and error on the paper's shape as the model grows, beside the reference, sketched and exact.
 
     A training and an index that the folder has already are used again.
     """

@@ -10,26 +10,19 @@ leaves out the terms that a matrix's inner structure adds (Pham and Pagh 2013).
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from matplotlib.figure import Figure
-from sdi import ProjectedTracInSDI
-from sdi.estimators import compute_query_sdi
-from torch import Tensor
 
-from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.sketches.coding import decode, encode, rotate
 from loopsway.tasks.parity import ParityTask
 from loopsway.tasks.parity_training import is_trained, train
 
+from .accuracy import SelfInfluence
 from .findings import BLUE, GREY, ORANGE, PURPLE, Claim, Findings, dress
 from .parity import SEED, recipe
 from .parity import SETTINGS as PARITY_SETTINGS
@@ -82,74 +75,32 @@ def run(size: str, folder: Path, device: str, progress: bool) -> Findings:
     setting, run = SETTINGS[size], folder / "parity"
     if not is_trained(run):
         train(run, seed=SEED, progress=progress, recipe=recipe(PARITY_SETTINGS[setting.parity]))
-    block = Block(ParityTask(str(run)), setting.num_examples, device)
+    task = ParityTask(str(run))
+    model, examples = task.model(task.checkpoints()[-1]).to(device), task.examples()
+    chosen = examples[:: max(1, len(examples) // setting.num_examples)][: setting.num_examples]
+    batches = [
+        {name: tensor.to(device) for name, tensor in task.collate(part).items()} for part in (chosen, chosen[:2])
+    ]
+    block = SelfInfluence(task, model, "block", batches[:1], batches[1])
+    line = theory_line(block)
     errors: list[tuple[str, int, int, float]] = []
     for draw in range(setting.num_draws):
         for width in setting.widths:
             errors += [(f"ours, {bits} bit{'s' * (bits > 1)}", width, draw, error)
-                       for bits, error in block.our_errors(width, draw).items()]  # fmt: skip
+                       for bits, error in block.our_errors(width, BITS, draw).items()]  # fmt: skip
         for projection in setting.projections:
-            floats = projection * block.num_tensors
+            floats = projection * len(block.shapes)
             errors.append(("reference, 32 bits", floats, draw, block.reference_error(projection, draw)))
     names = ("kind", "floats", "draw", "error")
     data = pa.table({name: list(column) for name, column in zip(names, zip(*errors, strict=True), strict=True)})
     means = _means(data)
-    return Findings(
-        setting=setting, data=data, figure=_draw(data, block.line, setting), claims=_claims(means, block.line)
-    )
+    return Findings(setting=setting, data=data, figure=_draw(data, line, setting), claims=_claims(means, line))
 
 
-class Block:
-    """Examples, their exact influences on one another, and estimates of these.
-
-    Attributes:
-        num_tensors: of the loop's body.
-        line: theory's, times the square root of W.
-    """
-
-    def __init__(self, task: ParityTask, num_examples: int, device: str) -> None:
-        self._task, checkpoint = task, task.checkpoints()[-1]
-        self._model = task.model(checkpoint).to(device)
-        examples = task.examples()
-        chosen = examples[:: max(1, len(examples) // num_examples)][:num_examples]
-        self._batch = {name: tensor.to(device) for name, tensor in task.collate(chosen).items()}
-        steps = self._steps(SketchConfig(width=None))
-        self._truth = _influences(steps.sum(1), steps)
-        self.num_tensors = sum(1 for _ in self._model.get_submodule("block").parameters())
-        norms = steps.sum(1).norm(dim=1)[:, None, None] * steps.norm(dim=2)
-        self.line = math.sqrt(float((norms.square() + self._truth.square()).mean() / self._truth.square().mean()))
-
-    def our_errors(self, width: int, draw: int) -> dict[int, float]:
-        """By bits."""
-        steps = rotate(self._steps(SketchConfig(width=width, seed=draw)), draw)
-        errors = {}
-        for bits in BITS:
-            coded = encode(steps.sum(1), bits)
-            stored = torch.from_numpy(decode(coded.codes, coded.factors, bits))
-            errors[bits] = self._error(_influences(stored, steps))
-        return errors
-
-    def reference_error(self, projection: int, draw: int) -> float:
-        model = copy.deepcopy(self._model)  # its hooks would slow ours down
-        estimator = ProjectedTracInSDI(
-            model=model, target_modules=model.get_submodule("block"), projection_size=projection, seed=draw
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            features = estimator.featurize_loader(loader=[self._batch], loss_fn=self._task.losses)
-        estimator.close()
-        return self._error(compute_query_sdi(train=features, query=features).cpu())
-
-    def _steps(self, config: SketchConfig) -> Tensor:
-        return StepSketcher(self._model, self._task.loop, config).sketch(self._task.losses, self._batch).cpu()
-
-    def _error(self, estimate: Tensor) -> float:
-        return float((estimate - self._truth).norm() / self._truth.norm())
-
-
-def _influences(totals: Tensor, steps: Tensor) -> Tensor:
-    """[N, P] and [N, S, P] give [N, N, S]."""
-    return torch.einsum("np,qsp->nqs", totals, steps)
+def theory_line(block: SelfInfluence) -> float:
+    """Times the square root of W."""
+    norms = block.total_norms[:, None, None] * block.step_norms
+    return math.sqrt(float((norms.square() + block.truth.square()).mean() / block.truth.square().mean()))
 
 
 def _means(data: pa.Table) -> dict[str, dict[int, float]]:

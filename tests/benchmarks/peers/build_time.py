@@ -35,11 +35,12 @@ from gpt2 import (
     texts_as_tokens,
     trained_model,
 )
-from measurement import markdown_table, median_seconds, parse_arguments
+from measurement import markdown_table, parse_arguments
 from models import losses, with_linear
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import SketchConfig, StepSketcher
 from loopsway.indexer.sketches.coding import code_examples
 

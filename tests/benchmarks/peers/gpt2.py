@@ -19,12 +19,12 @@ from typing import Any, Literal
 import torch
 from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector, collect_gradients
 from datasets import Dataset
-from looped_gpt import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
 from models import losses
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from loopsway.experiments.texts import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
 from loopsway.indexer import Loop
 
 LOOP = Loop(body=["transformer.h.*"])

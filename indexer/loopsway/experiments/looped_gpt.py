@@ -1,20 +1,12 @@
-"""A small looped GPT over bytes, as a task: the model that the benchmarks measure on.
+"""Small looped GPTs over bytes, as tasks: the models that time, memory and error are measured on.
 
 B examples, T bytes, D model dimension.
-
-The examples are GSM8K's when the environment variable LOOPSWAY_GSM8K names a folder with gsm8k_train.jsonl, else
-sums in words, made up here.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +14,10 @@ from torch import Tensor, nn
 
 from loopsway.indexer import Checkpoint, Loop, Task
 
-DATA_VARIABLE = "LOOPSWAY_GSM8K"
 NUM_BYTES = 256
 PADDING = 0
 HEAD_DIMENSION = 32
+PRELUDE, RECURRENT, CODA = 2, 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +77,25 @@ class LoopedGPT(nn.Module):
         return self.head(self.norm(state))
 
 
+class PreludeCodaGPT(nn.Module):
+    """The paper's shape: some blocks once, a stack of blocks again and again, some blocks once."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.num_steps = shape.num_steps
+        self.bytes, self.places = nn.Embedding(NUM_BYTES, shape.dim), nn.Embedding(shape.num_bytes, shape.dim)
+        self.prelude, self.recurrent, self.coda = (
+            nn.Sequential(*(Block(shape) for _ in range(count))) for count in (PRELUDE, RECURRENT, CODA)
+        )
+        self.norm, self.head = nn.LayerNorm(shape.dim), nn.Linear(shape.dim, NUM_BYTES, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        state = injected = self.prelude(self.bytes(tokens) + self.places.weight[: tokens.shape[1]])
+        for _ in range(self.num_steps):
+            state = self.recurrent(state + injected)
+        return self.head(self.norm(self.coda(state)))
+
+
 class GPTTask(Task):
     """Next-byte prediction by one model, trained for some steps of AdamW from a fixed seed.
 
@@ -137,56 +148,7 @@ class GPTTask(Task):
         optimizer.zero_grad()
 
 
-class ServedGPT(GPTTask):
-    """The same on made-up sums, as a server or a build names it.
-
-    Args:
-        dim: of the model.
-        count: examples.
-    """
-
-    def __init__(self, dim: int, count: int) -> None:
-        super().__init__(Shape(dim=dim), synthetic_texts(count), training_steps=3)
-
-    def example_from_json(self, obj: Any) -> str:
-        if not isinstance(obj, dict) or not isinstance(obj.get("text"), str):
-            raise ValueError(f"expected an object with a text, this is a {type(obj).__name__}")
-        return obj["text"]
-
-    def example_id(self, row: int) -> str:
-        return f"sum-{row}"
-
-    def describe(self, row: int) -> str:
-        return self._texts[row]
-
-
-def gsm8k_folder() -> Path | None:
-    folder = os.environ.get(DATA_VARIABLE)
-    return Path(folder) if folder else None
-
-
-def gsm8k_texts(folder: Path, count: int, split: str = "train") -> list[str]:
-    """Questions with their answers, of the split "train" or "test".
-
-    Raises:
-        FileNotFoundError: the folder has no such file.
-    """
-    file = folder / f"gsm8k_{split}.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; set {DATA_VARIABLE} to the folder of {file.name}")
-    with file.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
-    return [f"{record['question']}\n{record['answer']}" for record in records]
-
-
-def synthetic_texts(count: int) -> list[str]:
-    draw = random.Random(0)
-    texts = []
-    for _ in range(count):
-        name, thing = draw.choice(["Ada", "Emmy", "Sofia", "Mary"]), draw.choice(["apples", "books", "marbles"])
-        first, second = draw.randrange(2, 99), draw.randrange(2, 99)
-        texts.append(
-            f"{name} has {first} {thing} and finds {second} more. How many {thing} has {name} now?\n"
-            f"{first} + {second} = {first + second} {thing}."
-        )
-    return texts
+class PreludeCodaTask(GPTTask):
+    architecture = PreludeCodaGPT
+    body = "recurrent"
+    loop = Loop(body=["recurrent"])
