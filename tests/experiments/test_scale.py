@@ -45,7 +45,7 @@ def test_bytes_counted_of_our_exact_gradients_are_those_that_come() -> None:
 def test_a_peak_is_at_least_what_is_held_and_grows_with_the_batch() -> None:
     shape = Shape(dim=64, num_steps=8, num_bytes=8, batch=1)
     way = Way(tool="ours")
-    found = peaks(Job(task="PreludeCodaTask", shape=shape, way=way, batches=(2, 8), threads=1)).later
+    found = peaks(Job(task="PreludeCodaTask", shape=shape, way=way, batches=(4, 8), threads=1)).later
     task = PreludeCodaTask(shape, ["a text"])
     sizes = [
         parameter.numel() for parameter in task.model(task.checkpoints()[0]).get_submodule("recurrent").parameters()

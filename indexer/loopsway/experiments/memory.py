@@ -76,6 +76,7 @@ def peaks(job: Job) -> Peaks:
     """
     if job.device == "cpu" and not RESET.exists():
         raise OSError(f"peaks of memory are read from /proc, and this system has no {RESET}: run on Linux")
+    torch.cuda.empty_cache()  # what this process holds unused is missing to the other; without a GPU, nothing
     run = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(asdict(job))],
         stdout=subprocess.PIPE,
