@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numba
+import numba.core.caching
 import numpy as np
 import pytest
 import torch
 
-from loopsway.indexer.search.compiled import group_peaks, reaching, rescale, round_to_bfloat16
+from loopsway.indexer.search.compiled import compiled, group_peaks, reaching, rescale, round_to_bfloat16
 from loopsway.indexer.search.planes import bit_planes, write_products
 
 
@@ -69,3 +71,13 @@ def test_places_that_reach_a_floor_are_found_as_far_as_there_is_room(floor: floa
     out = np.full(room, -1)
     assert reaching(estimates, lengths, slack, high, low, out) == min(len(want), room + 1)
     assert out[: len(want)].tolist() == want[:room]
+
+
+def test_where_no_cache_can_be_kept_a_loop_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(value: int) -> int:
+        return 2 * value
+
+    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator"):
+        numba.njit(cache=True)(doubled)
+    assert compiled(doubled)(4) == 8

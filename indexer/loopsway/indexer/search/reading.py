@@ -19,6 +19,7 @@ from .nearest import Compared, Near, Others, compared, nearest
 from .scan import Answer
 from .slot import open_slots
 
+SEVERAL = 3  # queries
 Efforts = Mapping[int | None, Sequence[int]]  # of each slot's FAISS indices, part by part
 
 
@@ -58,9 +59,12 @@ class CodeReader:
         self._slots = {step: JoinedSlot([slots[step] for slots in parts]) for step in parts[0]}
 
     def warm_up(self) -> None:
-        """Maps the codes of the range and asks the system to read them, or fetches them."""
+        """Maps the codes of the range and asks the system to read them, or fetches them; compiles what searches run."""
         for stored, within in zip(self._stored, self._within, strict=True):
             stored.read_ahead(within)
+        noise = np.random.default_rng(0).standard_normal((SEVERAL, self._plan.width)).astype(np.float32)
+        for count in (1, SEVERAL):  # one query meets some codes in another way than several do
+            self.search({None: noise[:count]}, 1, None, kept=None)
 
     def search(
         self, asked: Mapping[int | None, np.ndarray], k: int, efforts: Efforts | None, *, kept: np.ndarray | None
