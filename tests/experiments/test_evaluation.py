@@ -15,7 +15,18 @@ from loopsway.cli.commands import loopsway
 from loopsway.cli.evaluate import SUBJECTS as NAMES
 from loopsway.experiments.evaluation.evaluation import BEYOND, CEILING, DETECTION, REMOVAL, SCORE, SEED_MEAN, Amount
 from loopsway.experiments.evaluation.parity import ParitySubject
-from loopsway.experiments.evaluation.predictors import EXACT, FIRST_STEP, LAST_STEP, LOSS, RANDOM, TRACIN, predict
+from loopsway.experiments.evaluation.peer import WITHOUT_BERGSON
+from loopsway.experiments.evaluation.predictions import (
+    ADAM,
+    COSINE,
+    EXACT,
+    FIRST_STEP,
+    LAST_STEP,
+    LOSS,
+    RANDOM,
+    TRACIN,
+)
+from loopsway.experiments.evaluation.predictors import predict
 from loopsway.experiments.evaluation.retraining import KeptRetraining
 from loopsway.experiments.evaluation.subjects import SUBJECTS, make_subject
 from loopsway.experiments.evaluation.text import DATA_VARIABLE, TextSubject
@@ -35,17 +46,23 @@ def all_rows(subject: ParitySubject) -> np.ndarray:
 
 def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path: Path) -> None:
     command = ["evaluate", "parity", "--out", str(tmp_path), *SMALL_RUN]
-    first = CliRunner().invoke(loopsway, command, catch_exceptions=False)
+    first = CliRunner(env={"LOOPSWAY_BERGSON_PYTHON": None}).invoke(loopsway, command, catch_exceptions=False)
     assert first.exit_code == 0, first.output
+    assert WITHOUT_BERGSON in first.output
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {result["test"] for result in results} == {SCORE, SEED_MEAN, BEYOND, DETECTION, REMOVAL}
     scored = {result["method"] for result in results if result["test"] == SCORE}
     assert {TRACIN, EXACT, LOSS, RANDOM, CEILING, FIRST_STEP, LAST_STEP, "query step 0"} <= scored
+    removed = {result["method"] for result in results if result["test"] == REMOVAL}
+    steps = {f"{side} step {step}" for side in ("query", "train") for step in (0, 1)}
+    assert {TRACIN, ADAM, COSINE, FIRST_STEP, LAST_STEP, LOSS, RANDOM} | steps <= removed
+    detected = {result["method"] for result in results if result["test"] == DETECTION}
+    assert {TRACIN, ADAM, FIRST_STEP, LAST_STEP, "query step 0", "query step 1", LOSS} <= detected
     assert pq.read_table(tmp_path / "results.parquet").num_rows == len(results)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     retrained = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
     next(iter((tmp_path / "work/retrained").glob("*.npy"))).unlink()
-    assert CliRunner().invoke(loopsway, command, catch_exceptions=False).exit_code == 0
+    assert CliRunner(env={"LOOPSWAY_BERGSON_PYTHON": None}).invoke(loopsway, command).exit_code == 0
     changed = [file.name for file, made in retrained.items() if file.stat().st_mtime_ns != made]
     assert len(changed) == 1
     assert json.loads((tmp_path / "results.json").read_text())["results"] == results
@@ -60,6 +77,8 @@ def test_the_index_predicts_what_the_reference_does_with_exact_gradients(
     assert np.linalg.norm(ours - exact) < 0.1 * np.linalg.norm(exact)
     steps = sum(found.influences[f"query step {step}"] for step in range(2))
     np.testing.assert_allclose(steps, ours, rtol=1e-3, atol=1e-4 * np.abs(ours).max())
+    own = found.self_influences  # steps from whole sketches, the total from its code's norm
+    np.testing.assert_allclose(own["query step 0"] + own["query step 1"], own[TRACIN], rtol=1e-3)
 
 
 def test_a_training_depends_on_its_seed_and_its_rows_alone(subject: ParitySubject) -> None:

@@ -27,15 +27,23 @@ SUBJECTS = ("parity", "text")
     metavar="FOLDER",
     help="Takes results, a figure, and trainings, which are used again.  [default: runs/evaluate/SUBJECT]",
 )
+@click.option(
+    "--bergson-python",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="LOOPSWAY_BERGSON_PYTHON",
+    help="A Python that has bergson, which then predicts too.  [env: LOOPSWAY_BERGSON_PYTHON]",
+)
 @click.option("--tiny", is_flag=True, help="A model that learns nothing, to see that it runs.")
-def evaluate(subject: str, subsets: int, seeds: int, removals: int, out: Path | None, tiny: bool) -> None:
+def evaluate(
+    subject: str, subsets: int, seeds: int, removals: int, out: Path | None, bergson_python: Path | None, tiny: bool
+) -> None:
     """Retrains a small looped model and compares what happens with what each method's influences predict.
 
     Datamodelling score: do they rank the losses of models trained on random halves? Detection area: does self-influence
     find flipped labels? Removal: does a query's loss rise without its strongest proponents?
 
     Methods: TracIn of the index, in total and at single steps, of the whole model, optimizer-aware, cosine; the
-    reference package with exact gradients; losses; a draw. bergson, which needs an environment of its own, is left out.
+    reference package with exact gradients; losses; a draw; and bergson, where --bergson-python names a Python with it.
 
     SUBJECT is parity, or text: GSM8K's questions where LOOPSWAY_GSM8K names their folder, else sums in words. A run
     that was stopped goes on where it was.
@@ -46,19 +54,24 @@ def evaluate(subject: str, subsets: int, seeds: int, removals: int, out: Path | 
         from rich.progress import Progress
 
         from loopsway.experiments.evaluation.evaluation import Amount, evaluate
-        from loopsway.experiments.evaluation.predictors import EXACT, WITHOUT_REFERENCE
+        from loopsway.experiments.evaluation.peer import WITHOUT_BERGSON, Bergson
+        from loopsway.experiments.evaluation.predictions import BERGSON, EXACT
+        from loopsway.experiments.evaluation.predictors import WITHOUT_REFERENCE
         from loopsway.experiments.evaluation.report import FILES, write_report
         from loopsway.experiments.evaluation.subjects import make_subject
 
         chosen = make_subject(subject, tiny=tiny)
         amount = Amount(num_subsets=subsets, seeds=tuple(range(seeds)), num_removal_queries=removals)
+        bergson = Bergson(python=bergson_python, subject=subject, tiny=tiny) if bergson_python else None
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task(f"retraining {chosen.name}", total=amount.num_trainings())
-            results = evaluate(chosen, folder / "work", amount, lambda: bar.advance(task))
+            results = evaluate(chosen, folder / "work", amount, lambda: bar.advance(task), bergson)
         write_report(chosen, amount, results, folder)
     _show(results)
-    if EXACT not in {result.method for result in results}:
-        click.echo(WITHOUT_REFERENCE)
+    methods = {result.method for result in results}
+    for method, why in {EXACT: WITHOUT_REFERENCE, BERGSON: WITHOUT_BERGSON}.items():
+        if method not in methods:
+            click.echo(why)
     click.echo(f"{folder}: {', '.join(FILES)}")
 
 

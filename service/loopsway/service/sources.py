@@ -18,7 +18,9 @@ from .settings import Settings
 
 PREFIX = "LOOPSWAY_"
 # Read by others: the cache of object stores, the client, and experiments on GSM8K.
-OTHER_VARIABLES = frozenset({"LOOPSWAY_CACHE", "LOOPSWAY_CACHE_BYTES", "LOOPSWAY_GSM8K", "LOOPSWAY_TOKEN"})
+OTHER_VARIABLES = frozenset(
+    {"LOOPSWAY_BERGSON_PYTHON", "LOOPSWAY_CACHE", "LOOPSWAY_CACHE_BYTES", "LOOPSWAY_GSM8K", "LOOPSWAY_TOKEN"}
+)
 
 
 def read_settings(flags: Mapping[str, Any] | None = None, *, file: Path | None = None) -> Settings:

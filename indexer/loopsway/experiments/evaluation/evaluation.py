@@ -5,13 +5,29 @@ M subsets, N training examples, Q queries, R seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .predictors import ADAM, COSINE, EXACT, FIRST_STEP, LAST_STEP, LOSS, RANDOM, TRACIN, WHOLE, Predictions, predict
+from .peer import Bergson
+from .predictions import (
+    ADAM,
+    BERGSON,
+    COSINE,
+    EXACT,
+    FIRST_STEP,
+    LAST_STEP,
+    LOSS,
+    RANDOM,
+    TRACIN,
+    WHOLE,
+    Predictions,
+    step_name,
+)
+from .predictors import predict
 from .retraining import KeptRetraining, Retraining, halves
 from .statistics import (
     Interval,
@@ -29,7 +45,8 @@ SCORE, SEED_MEAN, BEYOND = "datamodelling score", "score of the seeds' mean", "s
 DETECTION, REMOVAL = "detection area", "removal"
 CEILING = "another seed's losses"  # as a method: how much of the measured losses is the data's doing
 WRONG_SHARE, REMOVED_SHARE = 0.1, 0.1
-REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, EXACT, LOSS, RANDOM)
+REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, EXACT, BERGSON, LOSS, RANDOM)
+REMOVING_BY_STEP = ("query_step", "train_step")  # by the first step of each and the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +71,8 @@ class Amount:
 
     def num_trainings(self) -> int:
         """Of those that are retrained; the same one may come twice."""
-        return len(self.seeds) * (self.num_subsets + 1 + self.num_removal_queries * len(REMOVING))
+        num_methods = len(REMOVING) + 2 * len(REMOVING_BY_STEP)
+        return len(self.seeds) * (self.num_subsets + 1 + self.num_removal_queries * num_methods)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +81,7 @@ class Result:
 
     Attributes:
         test: SCORE, SEED_MEAN, BEYOND, DETECTION or REMOVAL.
-        method: of `predictors`, or CEILING.
+        method: of `predictions`, or CEILING.
         interval: over seeds; that of SEED_MEAN is over subsets.
         values: one for each seed; none for SEED_MEAN.
     """
@@ -74,20 +92,27 @@ class Result:
     values: tuple[float, ...] = ()
 
 
-def evaluate(subject: Subject, folder: Path, amount: Amount, done: Callable[[], None] = lambda: None) -> list[Result]:
+def evaluate(
+    subject: Subject,
+    folder: Path,
+    amount: Amount,
+    done: Callable[[], None] = lambda: None,
+    bergson: Bergson | None = None,
+) -> list[Result]:
     """Trains, predicts, retrains and compares.
 
     Args:
         subject: what.
         folder: keeps every training and index, which are used again.
         amount: how much.
-        done: called after each of `amount.num_trainings()`.
+        done: called after each of `amount.num_trainings()`; there are fewer where a method is left out.
+        bergson: None leaves it out.
     """
     retrain = KeptRetraining(subject, folder / "retrained", done)
-    predictions = [_predictions(subject, folder / f"seed-{seed}", seed) for seed in amount.seeds]
+    predictions = [_predictions(subject, subject.rows, folder / f"seed-{seed}", seed, bergson) for seed in amount.seeds]
     return [
         *linear_scores(predictions, retrain, amount),
-        *wrong_labels(subject, folder, amount.seeds),
+        *wrong_labels(subject, folder, amount.seeds, bergson),
         *removals(predictions, retrain, amount),
     ]
 
@@ -113,7 +138,7 @@ def linear_scores(predictions: list[Predictions], retrain: Retraining, amount: A
     return results
 
 
-def wrong_labels(subject: Subject, folder: Path, seeds: Iterable[int]) -> list[Result]:
+def wrong_labels(subject: Subject, folder: Path, seeds: Iterable[int], bergson: Bergson | None = None) -> list[Result]:
     """How soon an inspection by self-influence finds the labels that were flipped before training."""
     areas: dict[str, list[float]] = {}
     for seed in seeds:
@@ -121,8 +146,7 @@ def wrong_labels(subject: Subject, folder: Path, seeds: Iterable[int]) -> list[R
         draw = np.random.default_rng(seed)
         wrong[draw.permutation(len(wrong))[: max(1, round(WRONG_SHARE * len(wrong)))]] = True
         rows = [subject.mislabelled(row) if flip else row for row, flip in zip(subject.rows, wrong, strict=True)]
-        place = folder / f"wrong-{seed}"
-        found = predict(train_with_checkpoints(subject, rows, seed, place), subject.queries, place, seed)
+        found = _predictions(subject, rows, folder / f"wrong-{seed}", seed, bergson)
         for method, scores in found.self_influences.items():
             areas.setdefault(method, []).append(detection_area(scores, wrong))
     return [_over_seeds(DETECTION, method, values) for method, values in areas.items()]
@@ -134,9 +158,7 @@ def removals(predictions: list[Predictions], retrain: Retraining, amount: Amount
     for found, seed in zip(predictions, amount.seeds, strict=True):
         num_rows = found.influences[TRACIN].shape[1]
         full = retrain(np.ones(num_rows, bool), seed)
-        for method in REMOVING:
-            if method not in found.influences:
-                continue
+        for method in _removing(found):
             queries = range(min(amount.num_removal_queries, len(full)))
             rise = [
                 float(retrain(_without_strongest(found.influences[method][query]), seed)[query] - full[query])
@@ -146,8 +168,17 @@ def removals(predictions: list[Predictions], retrain: Retraining, amount: Amount
     return [_over_seeds(REMOVAL, method, values) for method, values in rises.items()]
 
 
-def _predictions(subject: Subject, folder: Path, seed: int) -> Predictions:
-    return predict(train_with_checkpoints(subject, subject.rows, seed, folder), subject.queries, folder, seed)
+def _predictions(
+    subject: Subject, rows: Sequence[Any], folder: Path, seed: int, bergson: Bergson | None
+) -> Predictions:
+    return predict(train_with_checkpoints(subject, rows, seed, folder), subject.queries, folder, seed, bergson)
+
+
+def _removing(found: Predictions) -> list[str]:
+    """The methods whose strongest proponents are removed, of those that there are."""
+    num_steps = sum(method.startswith("query step ") for method in found.influences)
+    by_step = [step_name(resolve, step, num_steps) for resolve in REMOVING_BY_STEP for step in (0, num_steps - 1)]
+    return [method for method in (*REMOVING[:4], *by_step, *REMOVING[4:]) if method in found.influences]
 
 
 def _without_strongest(influences: np.ndarray) -> np.ndarray:

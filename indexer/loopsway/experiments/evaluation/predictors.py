@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,48 +16,19 @@ import torch
 from loopsway.indexer import ExampleSketcher, Index, SketchConfig, build_index, open_index, self_influences
 from loopsway.indexer.config import Resolve
 
+from .peer import Bergson
+from .predictions import ADAM, COSINE, EXACT, LOSS, RANDOM, TRACIN, WHOLE, Predictions, step_name
 from .training import TrainedTask
 
-TRACIN, WHOLE, ADAM, COSINE = "TracIn", "TracIn, whole model", "TracIn, optimizer-aware", "cosine"
-FIRST_STEP, LAST_STEP = "first step with itself", "last step with itself"
-EXACT, LOSS, RANDOM = "step-decomposed-influence, exact", "loss", "random"
 FILE = "predictions.npz"
 WITHOUT_REFERENCE = (
     "step-decomposed-influence is not installed, so it is left out: pip install step-decomposed-influence"
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Of one training.
-
-    Attributes:
-        influences: [Q, N] by method; of steps too (`is_step`).
-        self_influences: [N] by method.
-    """
-
-    influences: dict[str, np.ndarray] = field(default_factory=dict)
-    self_influences: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def write(self, file: Path) -> None:
-        parts = {"influences": self.influences, "self_influences": self.self_influences}
-        arrays = {f"{part}/{method}": each for part, found in parts.items() for method, each in found.items()}
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            np.savez(stream, **cast("Any", arrays))
-        partial.replace(file)
-
-    @classmethod
-    def read(cls, file: Path) -> Predictions:
-        found = cls()
-        with np.load(file) as arrays:
-            for name in arrays.files:
-                part, _, method = name.partition("/")
-                getattr(found, part)[method] = arrays[name]
-        return found
-
-
-def predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) -> Predictions:
+def predict(
+    task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int, bergson: Bergson | None = None
+) -> Predictions:
     """What all methods say.
 
     Args:
@@ -66,9 +36,15 @@ def predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) 
         queries: of the subject.
         folder: takes the indices and what was found, which is used again.
         seed: of what the baseline draws.
+        bergson: None leaves it out.
     """
-    if (folder / FILE).exists():
-        return Predictions.read(folder / FILE)
+    found = Predictions.read(folder / FILE) if (folder / FILE).exists() else _predict(task, queries, folder, seed)
+    if bergson is not None:
+        found.update(bergson.predict(task, queries, folder))
+    return found
+
+
+def _predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) -> Predictions:
     found = Predictions()
     index = _add_index(found, TRACIN, task, queries, folder / "body.index", SketchConfig())
     _add_index(found, WHOLE, task.whole_model(), queries, folder / "whole.index", SketchConfig())
@@ -88,17 +64,6 @@ def predict(task: TrainedTask, queries: Sequence[Any], folder: Path, seed: int) 
     return found
 
 
-def step_name(resolve: str, step: int, num_steps: int) -> str:
-    if resolve == "same_step" and step in (0, num_steps - 1):
-        return LAST_STEP if step else FIRST_STEP
-    return f"{resolve.replace('_', ' ')} {step}"
-
-
-def is_step(name: str) -> bool:
-    """Whether the method looks at one step alone."""
-    return " step " in name
-
-
 def _add_index(
     found: Predictions, name: str, task: TrainedTask, queries: Sequence[Any], path: Path, config: SketchConfig
 ) -> Index:
@@ -116,7 +81,10 @@ def _add_steps(found: Predictions, index: Index, task: TrainedTask, queries: Seq
         influences = index.scores(sketches, resolve).influences.astype(np.float64)
         for step in range(index.num_steps):
             found.influences[step_name(resolve, step, index.num_steps)] = influences[:, 1 + step]
+    own = _sketches(index, task, task.examples())  # [N, S, W]
+    with_all_steps = np.einsum("nsw,nw->sn", own, own.sum(1)).astype(np.float64)
     for step, influences in enumerate(self_influences(index).influences[0, 1:]):
+        found.self_influences[step_name("query_step", step, index.num_steps)] = with_all_steps[step]
         found.self_influences[step_name("same_step", step, index.num_steps)] = influences.astype(np.float64)
 
 

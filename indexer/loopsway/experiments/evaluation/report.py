@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..findings import BLUE, GREY, ORANGE, dress
 from .evaluation import BEYOND, DETECTION, REMOVAL, SCORE, SEED_MEAN, Amount, Result
-from .predictors import is_step
+from .predictions import is_step
 from .subject import Subject
 
 FILES = ("results.json", "results.parquet", "figure.png", "figure.svg")
