@@ -18,7 +18,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from loopsway.client import ExampleQuery, IdQuery
 from loopsway.indexer import build_index, load_task
-from loopsway.service import Settings
+from loopsway.service import IndexSettings, Settings
 from serving import CONFIG, QUERIES, Gate, asked_for, running
 from silence import read_in_shards
 
@@ -210,6 +210,33 @@ def test_an_address_brings_the_same_view_back(page: Page, explored: Explored) ->
 def test_an_address_that_makes_no_sense_is_told_or_shows_the_start(page: Page, explored: Explored, search: str) -> None:
     page.goto(explored.url + search)
     expect(page.locator("#alert .problem, .field-error p, #drawn li").first).to_be_visible()
+
+
+def test_an_index_and_whose_steps_are_chosen(page: Page, explored: Explored, markup_index: Path) -> None:
+    both = [IndexSettings(name=name, path=str(markup_index), task=TASK_SPEC) for name in ("markup", "again")]
+    settings = Settings(indices=tuple(both), port=0, grace_s=1.0)
+    with running(settings) as (_, port), exploring(f"127.0.0.1:{port}") as url:
+        page.goto(f"{url}?{urlencode({'index': 'markup', 'example': QUERY})}")
+        answered(page)
+        page.get_by_label("Index", exact=True).select_option("again")
+        expect(page.locator("#drawn li")).to_have_count(6)
+        expect(page.locator("#answer")).to_be_hidden()
+        assert address(page) == {"index": "again"}
+        page.get_by_label("a training id").check(force=True)
+        page.locator("#query").fill("tiny-3")
+        page.get_by_label("Steps of", exact=True).select_option("the training example")
+        page.locator("#ask").click()
+        answered(page)
+        expect(page.locator("#facts")).to_contain_text("again, generation 1")
+        expect(page.locator("#axis")).to_have_text("step of the training example's loop")
+        (expected,) = explored.client.find_influences([IdQuery("tiny-3")], resolve="train_step")
+        page.locator("#step-2").click()
+        expect(page.locator("caption").first).to_contain_text("Proponents at step 2")
+        assert shown_ids(page, "proponents") == [each.example_id for each in expected.steps[2].proponents]
+        page.go_back()
+        page.go_back()
+        expect(page.locator("#asked")).to_contain_text('{"tokens"')
+        assert page.get_by_label("Index", exact=True).input_value() == "markup"
 
 
 def test_a_query_is_picked_from_training_examples_that_are_drawn(page: Page, explored: Explored) -> None:
