@@ -24,6 +24,7 @@ from loopsway.experiments.evaluation.predictions import (
     LAST_STEP,
     LOSS,
     RANDOM,
+    SAME_STEPS,
     TRACIN,
 )
 from loopsway.experiments.evaluation.predictors import predict
@@ -77,6 +78,8 @@ def test_the_index_predicts_what_the_reference_does_with_exact_gradients(
     assert np.linalg.norm(ours - exact) < 0.1 * np.linalg.norm(exact)
     steps = sum(found.influences[f"query step {step}"] for step in range(2))
     np.testing.assert_allclose(steps, ours, rtol=1e-3, atol=1e-4 * np.abs(ours).max())
+    same = found.influences[FIRST_STEP] + found.influences[LAST_STEP]
+    np.testing.assert_allclose(found.influences[SAME_STEPS], same)
     own = found.self_influences  # steps from whole sketches, the total from its code's norm
     np.testing.assert_allclose(own["query step 0"] + own["query step 1"], own[TRACIN], rtol=1e-3)
 

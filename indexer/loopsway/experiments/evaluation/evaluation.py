@@ -22,6 +22,7 @@ from .predictions import (
     LAST_STEP,
     LOSS,
     RANDOM,
+    SAME_STEPS,
     TRACIN,
     WHOLE,
     Predictions,
@@ -45,7 +46,7 @@ SCORE, SEED_MEAN, BEYOND = "datamodelling score", "score of the seeds' mean", "s
 DETECTION, REMOVAL = "detection area", "removal"
 CEILING = "another seed's losses"  # as a method: how much of the measured losses is the data's doing
 WRONG_SHARE, REMOVED_SHARE = 0.1, 0.1
-REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, EXACT, BERGSON, LOSS, RANDOM)
+REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, SAME_STEPS, EXACT, BERGSON, LOSS, RANDOM)
 REMOVING_BY_STEP = ("query_step", "train_step")  # by the first step of each and the last
 
 

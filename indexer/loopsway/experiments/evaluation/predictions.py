@@ -13,6 +13,7 @@ import numpy as np
 
 TRACIN, WHOLE, ADAM, COSINE = "TracIn", "TracIn, whole model", "TracIn, optimizer-aware", "cosine"
 FIRST_STEP, LAST_STEP = "first step with itself", "last step with itself"
+SAME_STEPS = "same steps, added up"
 EXACT, LOSS, RANDOM = "step-decomposed-influence, exact", "loss", "random"
 BERGSON, BERGSON_ADDED = "bergson, loop unrolled", "bergson, loop unrolled, added up"
 

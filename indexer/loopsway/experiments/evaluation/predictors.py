@@ -17,7 +17,7 @@ from loopsway.indexer import ExampleSketcher, Index, SketchConfig, build_index, 
 from loopsway.indexer.config import Resolve
 
 from .peer import Bergson
-from .predictions import ADAM, COSINE, EXACT, LOSS, RANDOM, TRACIN, WHOLE, Predictions, step_name
+from .predictions import ADAM, COSINE, EXACT, LOSS, RANDOM, SAME_STEPS, TRACIN, WHOLE, Predictions, step_name
 from .training import TrainedTask
 
 FILE = "predictions.npz"
@@ -81,9 +81,13 @@ def _add_steps(found: Predictions, index: Index, task: TrainedTask, queries: Seq
         influences = index.scores(sketches, resolve).influences.astype(np.float64)
         for step in range(index.num_steps):
             found.influences[step_name(resolve, step, index.num_steps)] = influences[:, 1 + step]
+        if resolve == "same_step":
+            found.influences[SAME_STEPS] = influences[:, 1:].sum(1)
     own = _sketches(index, task, task.examples())  # [N, S, W]
     with_all_steps = np.einsum("nsw,nw->sn", own, own.sum(1)).astype(np.float64)
-    for step, influences in enumerate(self_influences(index).influences[0, 1:]):
+    same = self_influences(index).influences[0, 1:]
+    found.self_influences[SAME_STEPS] = same.sum(0).astype(np.float64)
+    for step, influences in enumerate(same):
         found.self_influences[step_name("query_step", step, index.num_steps)] = with_all_steps[step]
         found.self_influences[step_name("same_step", step, index.num_steps)] = influences.astype(np.float64)
 
