@@ -1,4 +1,4 @@
-"""Small looped GPTs over bytes, as tasks: the models that time, memory and error are measured on.
+"""Small looped GPTs over bytes; and as tasks, the models that time, memory and error are measured on.
 
 B examples, T bytes, D model dimension.
 """
@@ -30,6 +30,9 @@ class Shape:
         num_bytes: T, of an example; longer ones are cut, shorter ones padded.
         batch: examples in one forward.
         bare: no biases, norms without parameters: the loop's body is four weight matrices.
+        head_dim: of an attention head; divides D.
+        mlp_factor: the MLP's width over D.
+        starts_empty: the state begins at zero, not at the embedded bytes.
     """
 
     dim: int
@@ -37,6 +40,9 @@ class Shape:
     num_bytes: int = 96
     batch: int = 16
     bare: bool = False
+    head_dim: int = HEAD_DIMENSION
+    mlp_factor: int = 4
+    starts_empty: bool = False
 
     def __str__(self) -> str:
         return f"looped GPT d={self.dim}, T={self.num_bytes}, {self.num_steps} steps" + (", bare" if self.bare else "")
@@ -47,14 +53,15 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        dim, affine = shape.dim, not shape.bare
+        dim, inner, affine = shape.dim, shape.mlp_factor * shape.dim, not shape.bare
+        self.head_dim = shape.head_dim
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=affine)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=affine)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=affine), nn.Linear(dim, dim, bias=affine)
-        self.widen, self.narrow = nn.Linear(dim, 4 * dim, bias=affine), nn.Linear(4 * dim, dim, bias=affine)
+        self.widen, self.narrow = nn.Linear(dim, inner, bias=affine), nn.Linear(inner, dim, bias=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, HEAD_DIMENSION)).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)  # [B, heads, T, D/heads]
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.narrow(F.gelu(self.widen(self.norm2(x))))
@@ -65,13 +72,14 @@ class LoopedGPT(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.num_steps = shape.num_steps
+        self.num_steps, self.starts_empty = shape.num_steps, shape.starts_empty
         self.bytes, self.places = nn.Embedding(NUM_BYTES, shape.dim), nn.Embedding(shape.num_bytes, shape.dim)
         self.block, self.norm = Block(shape), nn.LayerNorm(shape.dim)
         self.head = nn.Linear(shape.dim, NUM_BYTES, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        injected = state = self.bytes(tokens) + self.places.weight[: tokens.shape[1]]
+        injected = self.bytes(tokens) + self.places.weight[: tokens.shape[1]]
+        state = torch.zeros_like(injected) if self.starts_empty else injected
         for _ in range(self.num_steps):
             state = self.block(state + injected)
         return self.head(self.norm(state))
@@ -94,6 +102,22 @@ class PreludeCodaGPT(nn.Module):
         for _ in range(self.num_steps):
             state = self.recurrent(state + injected)
         return self.head(self.norm(self.coda(state)))
+
+
+def byte_rows(texts: Sequence[str], num_bytes: int) -> Tensor:
+    """The bytes to read and the one after, [B, num_bytes + 1] int64."""
+    rows = torch.full((len(texts), num_bytes + 1), PADDING)
+    for row, text in zip(rows, texts, strict=True):
+        data = torch.tensor(list(text.encode()[: len(row)]))
+        row[: len(data)] = data
+    return rows
+
+
+def next_byte_losses(model: nn.Module, rows: Tensor) -> Tensor:
+    """Each text's mean loss over its bytes, [B]."""
+    logits = model(rows[:, :-1]).transpose(1, 2)
+    losses = F.cross_entropy(logits, rows[:, 1:], ignore_index=PADDING, reduction="none")  # [B, T]
+    return losses.sum(1) / (rows[:, 1:] != PADDING).sum(1)
 
 
 class GPTTask(Task):
@@ -126,16 +150,10 @@ class GPTTask(Task):
 
     def collate(self, examples: Sequence[str]) -> Tensor:
         """Bytes, [B, T + 1] int64."""
-        rows = torch.full((len(examples), self._shape.num_bytes + 1), PADDING)
-        for row, text in zip(rows, examples, strict=True):
-            data = torch.tensor(list(text.encode()[: len(row)]))
-            row[: len(data)] = data
-        return rows
+        return byte_rows(examples, self._shape.num_bytes)
 
     def losses(self, model: nn.Module, batch: Tensor) -> Tensor:
-        logits = model(batch[:, :-1]).transpose(1, 2)
-        losses = F.cross_entropy(logits, batch[:, 1:], ignore_index=PADDING, reduction="none")  # [B, T]
-        return losses.sum(1) / (batch[:, 1:] != PADDING).sum(1)
+        return next_byte_losses(model, batch)
 
     def _train(self, steps: int) -> None:
         optimizer = torch.optim.AdamW(self._model.parameters(), lr=2e-3)

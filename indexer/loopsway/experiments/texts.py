@@ -1,6 +1,7 @@
-"""Texts to measure and train on: GSM8K's, or sums in words, made up here.
+"""Texts to measure and train on: GSM8K's (Cobbe et al. 2021, arXiv 2110.14168), or sums in words, made up here.
 
-GSM8K's are taken when the environment variable LOOPSWAY_GSM8K names a folder with gsm8k_train.jsonl.
+GSM8K is not shipped: the environment variable LOOPSWAY_GSM8K names a folder with gsm8k_train.jsonl and
+gsm8k_test.jsonl. A text is a question, a line break, and the answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 from pathlib import Path
 
 DATA_VARIABLE = "LOOPSWAY_GSM8K"
+SOURCE = "github.com/openai/grade-school-math has its train.jsonl and test.jsonl"
 
 
 def texts_at_hand(count: int) -> tuple[list[str], str]:
@@ -34,10 +36,15 @@ def gsm8k_texts(folder: Path, count: int, split: str = "train") -> list[str]:
     """
     file = folder / f"gsm8k_{split}.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; set {DATA_VARIABLE} to the folder of {file.name}")
+        raise FileNotFoundError(f"{file} does not exist; set {DATA_VARIABLE} to the folder of {file.name} ({SOURCE})")
     with file.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
     return [f"{record['question']}\n{record['answer']}" for record in records]
+
+
+def question(text: str) -> str:
+    """Without the answer. No question of GSM8K has a line break."""
+    return text.partition("\n")[0]
 
 
 def synthetic_texts(count: int) -> list[str]:
