@@ -39,7 +39,7 @@ def test_the_command_offers_every_experiment() -> None:
 
 
 def test_an_unknown_experiment_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no experiment 'fig9'; name one of fig1, fig2, fig4, scale"):
+    with pytest.raises(ValueError, match="no experiment 'fig9'; name one of fig1, fig2, fig3, fig4, scale"):
         reproduce("fig9", tmp_path)
 
 

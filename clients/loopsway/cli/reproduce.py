@@ -8,7 +8,7 @@ import click
 
 from .failure import in_one_line, needs, stoppable
 
-NAMES = ("fig1", "fig2", "fig4", "scale")
+NAMES = ("fig1", "fig2", "fig3", "fig4", "scale")
 
 
 @click.command(short_help="Run an experiment of the paper.")
@@ -27,6 +27,9 @@ def reproduce(name: str, out: Path | None, full: bool, device: str) -> None:
     fig1: a looped transformer that tells parity, loop by loop, on an alternating string.
 
     fig2: a looped transformer that solves Sudoku, with more loops than in training, by difficulty.
+
+    fig3: where in the loop influence is, and of which sign, on GSM8K, by the number of loops. LOOPSWAY_GSM8K names the
+    folder of its files.
 
     fig4: error of influences against width, ours and the reference's, with the theory.
 

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+
+from loopsway.indexer import Index
 
 UNCHECKED = "not checked against the paper's text"
 # Told apart by people who can't tell red from green (Okabe and Ito 2008).
@@ -75,3 +78,25 @@ def dress(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def difference_from_tracin(index: Index, sketches: np.ndarray) -> float:
+    """Of a query's trajectories, summed over its loops: relative, the largest of its ten strongest proponents.
+
+    Args:
+        index: that is asked.
+        sketches: of the query, [S, W].
+    """
+    ranked = index.search(sketches, k=10).total.proponents
+    rows = index.trajectories(sketches, ranked.example_ids)[0]  # [10, S]
+    return float(np.abs(rows.sum(1) - ranked.influences).max() / np.abs(ranked.influences).max())
+
+
+def adds_up(difference: float) -> Claim:
+    """The claim that a `difference_from_tracin` is none."""
+    return Claim(
+        claim="the SDI trajectory adds up to TracIn",
+        paper="so by definition: SDI decomposes TracIn into a trajectory over loop iterations (abstract)",
+        seen=f"largest relative difference over the ten strongest proponents: {difference:.1e}",
+        agrees=difference < 1e-4,
+    )

@@ -25,7 +25,19 @@ from loopsway.tasks.parity_model import ParityTransformer
 from loopsway.tasks.parity_strings import encode, held_out_strings, parity
 from loopsway.tasks.parity_training import Recipe, is_trained, train
 
-from .findings import BLUE, GREEN, GREY, ORANGE, PURPLE, UNCHECKED, Claim, Findings, dress
+from .findings import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    UNCHECKED,
+    Claim,
+    Findings,
+    adds_up,
+    difference_from_tracin,
+    dress,
+)
 from .period import period
 
 STATES = 4
@@ -192,18 +204,10 @@ def _claims(setting: Setting, probed: Probed, portrait: Portrait, index: Index, 
     settled = f" from loop {settles} on it moves by less than {STILL:.0%} a loop" if settles < len(moved) else ""
     periods = "; ".join(f"{name}: {'no period' if p is None else f'period {p}'}" for name, p in found.items())
     groups = " ".join(map(str, portrait.groups))
-    ranked = index.search(sketches[0], k=10).total.proponents
-    rows = index.trajectories(sketches, ranked.example_ids)[0]  # [10, L]
-    difference = float(np.abs(rows.sum(1) - ranked.influences).max() / np.abs(ranked.influences).max())
     trained = slice(0, setting.trained_loops)
     share = probed.energies[trained].sum() / probed.energies.sum()
     return [
-        Claim(
-            claim="the SDI trajectory adds up to TracIn",
-            paper="so by definition: SDI decomposes TracIn into a trajectory over loop iterations (abstract)",
-            seen=f"largest relative difference over the ten strongest proponents: {difference:.1e}",
-            agrees=difference < 1e-4,
-        ),
+        adds_up(difference_from_tracin(index, sketches[0])),
         Claim(
             claim="the answer to the alternating probe is periodic over loops",
             paper=UNCHECKED,

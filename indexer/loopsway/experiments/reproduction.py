@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .findings import Findings
 
-EXPERIMENTS = {"fig1": "parity", "fig2": "sudoku", "fig4": "widths", "scale": "scale"}
+EXPERIMENTS = {"fig1": "parity", "fig2": "sudoku", "fig3": "horizons", "fig4": "widths", "scale": "scale"}
 
 
 def reproduce(

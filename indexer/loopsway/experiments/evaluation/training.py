@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loopsway.indexer import Checkpoint, Loop, Task
+from loopsway.indexer.sketches.features import to_device
 
+from ..timing import one_thread
 from .subject import Subject
 
 BETAS = (0.9, 0.98)
@@ -27,8 +28,10 @@ RECORD = "run.json"
 Keep = Callable[[int, nn.Module, torch.optim.AdamW], None]
 
 
-def train(subject: Subject, rows: Sequence[Any], kept: np.ndarray, seed: int, keep: Keep | None = None) -> nn.Module:
-    """A model trained on the kept rows.
+def train(
+    subject: Subject, rows: Sequence[Any], kept: np.ndarray, seed: int, keep: Keep | None = None, device: str = "cpu"
+) -> nn.Module:
+    """A model trained on the kept rows, on the CPU again.
 
     Args:
         subject: whose model and course.
@@ -36,12 +39,13 @@ def train(subject: Subject, rows: Sequence[Any], kept: np.ndarray, seed: int, ke
         kept: bool [N].
         seed: of the weights and the batches.
         keep: called with the number of each checkpoint, the model and the optimizer.
+        device: a torch device, to train on.
     """
     course, generator = subject.course, torch.Generator().manual_seed(seed)
     kept_rows = torch.from_numpy(np.asarray(kept, bool))
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
-        model = subject.new_model()
+        model = subject.new_model().to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=course.learning_rate, weight_decay=course.weight_decay, betas=BETAS, fused=True
         )
@@ -57,35 +61,46 @@ def train(subject: Subject, rows: Sequence[Any], kept: np.ndarray, seed: int, ke
                 group["lr"] = course.learning_rate_at(step)
             if batch:
                 optimizer.zero_grad()
-                subject.losses(model, subject.collate([rows[row] for row in batch])).mean().backward()
+                examples = to_device(subject.collate([rows[row] for row in batch]), torch.device(device))
+                subject.losses(model, examples).mean().backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-    return model
+    return model.cpu()
 
 
 @torch.no_grad()
 def query_losses(subject: Subject, model: nn.Module) -> np.ndarray:
     """[Q] float32."""
-    with _one_thread():
+    with one_thread():
         return subject.losses(model, subject.collate(subject.queries)).numpy()
 
 
-def train_with_checkpoints(subject: Subject, rows: Sequence[Any], seed: int, folder: Path) -> TrainedTask:
-    """Trains on all rows; a training that the folder holds already is used again."""
-    if not (folder / RECORD).exists():
-        folder.mkdir(parents=True, exist_ok=True)
+def train_with_checkpoints(
+    subject: Subject, rows: Sequence[Any], seed: int, folder: Path, device: str = "cpu"
+) -> TrainedTask:
+    """Trains on all rows; a training that the folder holds already is used again.
 
-        def keep(number: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-            step = subject.course.checkpoint_steps()[number]
-            parameters = dict(model.named_parameters())
-            moments = {name: _second_moment(optimizer, each, step) for name, each in parameters.items()}
-            save_file({name: each.detach().clone() for name, each in parameters.items()}, _weights(folder, number))
-            save_file(moments, _moments(folder, number))
+    Raises:
+        ValueError: it is a training of another subject.
+    """
+    facts, task = json.loads(json.dumps(subject.facts())), TrainedTask(subject, rows, folder)
+    if (folder / RECORD).exists():
+        if (kept := task.record().get("subject")) != facts:
+            raise ValueError(f"{folder} holds a training of {kept}, asked for is {facts}: choose another folder")
+        return task
+    folder.mkdir(parents=True, exist_ok=True)
 
-        model = train(subject, rows, np.ones(len(rows), bool), seed, keep)
-        record = {"query_losses": query_losses(subject, model).tolist()}
-        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    return TrainedTask(subject, rows, folder)
+    def keep(number: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        step = subject.course.checkpoint_steps()[number]
+        parameters = dict(model.named_parameters())
+        moments = {name: _second_moment(optimizer, each, step) for name, each in parameters.items()}
+        save_file({name: each.detach().clone() for name, each in parameters.items()}, _weights(folder, number))
+        save_file(moments, _moments(folder, number))
+
+    model = train(subject, rows, np.ones(len(rows), bool), seed, keep, device)
+    record = {"subject": facts, "query_losses": query_losses(subject, model).tolist()}
+    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    return task
 
 
 class TrainedTask(Task):
@@ -104,6 +119,10 @@ class TrainedTask(Task):
 
     def whole_model(self) -> TrainedTask:
         return TrainedTask(self._subject, self._rows, self._folder, outside=True)
+
+    def record(self) -> dict[str, Any]:
+        """Of the training: "subject", its facts, and "query_losses" after the last step."""
+        return json.loads((self._folder / RECORD).read_text(encoding="utf-8"))
 
     def checkpoints(self) -> list[Checkpoint]:
         course = self._subject.course
@@ -143,13 +162,3 @@ def _weights(folder: Path, number: int) -> str:
 
 def _moments(folder: Path, number: int) -> str:
     return str(folder / f"moments-{number}.safetensors")
-
-
-@contextmanager
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

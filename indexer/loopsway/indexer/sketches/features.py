@@ -167,7 +167,7 @@ class ExampleSketcher:
         return sketcher
 
     def _sketch_batch(self, examples: Sequence[Any], go_on: Callable[[], object] | None) -> ExampleSketches:
-        batch = _to_device(self._task.collate(examples), self._device)
+        batch = to_device(self._task.collate(examples), self._device)
         total: Tensor | None = None
         values: dict[int, Tensor] = {}
         losses: dict[int, Tensor] = {}
@@ -258,9 +258,9 @@ def _in_all(steps: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(sorted(set(steps[0]).intersection(*steps[1:])))
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """The same structure with every tensor on the device."""
-    move: Callable[[Any], Any] = lambda item: _to_device(item, device)  # noqa: E731
+    move: Callable[[Any], Any] = lambda item: to_device(item, device)  # noqa: E731
     match batch:
         case Tensor():
             return batch.to(device)
