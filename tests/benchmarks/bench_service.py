@@ -5,8 +5,8 @@
 The service is `loopsway serve` in a process of its own. The engine is the service's own, in this process, with a model
 process of its own, and is asked in turns with the service, so that other work on the machine slows both down. Times
 are of the wall. Calls are those of the client's load, whose answers are parsed as messages. Under the mixed load, half
-of the calls are examples and half sketches. What the queue promises is the server's `max_wait_s`: that an accepted
-request waits for no longer, and then takes its own time, which the table's times have in them.
+of the calls are examples and half sketches. What the queue promises is the server's `max_wait_s`: that no accepted
+request waits for much longer. How long each waited is told by the server's log; in callers' times is the request's own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import asyncio
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,11 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from measurement import markdown_table, parse_arguments
 from served_gpt import ServedGPT
+from service_process import PROMISE_S, TASK, Served, serving
 
 from loopsway.cli.bench import quantiles_ms
 from loopsway.client import ExampleQuery, SketchQuery
-from loopsway.client.load import OK, Load, Measurement, load_request
+from loopsway.client.load import OK, Load, load_request
 from loopsway.experiments.texts import synthetic_texts
 from loopsway.indexer import Index, SketchConfig, build_index
 from loopsway.service import Engine, IndexSettings, Settings
@@ -45,9 +44,7 @@ from loopsway.service.worker import ModelWorker
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 
-TASK = f"{Path(__file__).with_name('served_gpt.py')}:ServedGPT"
 K = 10
-PROMISE_S = 1.0  # below what as many requests as are admitted take, so that it is this that binds
 NUM_QUERIES, ENGINE_BATCHES, CALLERS, LOADS = 64, (1, 16, 32), (1, 4, 16), (0.5, 1.0, 2.0)
 
 
@@ -76,13 +73,11 @@ class Subject:
     """A server and an engine of one index, and what both are asked.
 
     Attributes:
-        pid: of the server.
         examples: as the engine and as the client ask about them.
         sketches: the same queries, sketched before.
     """
 
-    target: str
-    pid: int
+    server: Served
     engine: Engine
     load: Load
     stub: AttributionStub
@@ -92,31 +87,8 @@ class Subject:
     requests: Mapping[str, list[pb.FindInfluencesRequest]]
 
 
-@contextmanager
-def serving(index: Path, arguments: Mapping[str, int], folder: Path) -> Iterator[tuple[str, int]]:
-    """`loopsway serve` in a process of its own: its address and process id."""
-    ready, log = folder / "ready", folder / "log"
-    given = [part for name, value in arguments.items() for part in ("--task-arg", f"{name}={value}")]
-    command = [sys.executable, "-m", "loopsway.cli", "serve", "--index", index, "--task", TASK, *given]
-    options = ["--port", "0", "--ready-file", ready]
-    environment = os.environ | {"LOOPSWAY_MAX_WAIT_S": str(PROMISE_S)}
-    with (
-        log.open("wb") as output,
-        subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment) as child,
-    ):
-        try:
-            while not ready.exists():
-                if child.poll() is not None:
-                    raise RuntimeError(log.read_text())
-                time.sleep(0.05)
-            yield f"127.0.0.1:{json.loads(ready.read_text())['port']}", child.pid
-        finally:
-            child.terminate()
-            child.wait(60)
-
-
 @asynccontextmanager
-async def subject(index: Index, arguments: Mapping[str, int], target: str, pid: int) -> AsyncIterator[Subject]:
+async def subject(index: Index, arguments: Mapping[str, int], server: Served) -> AsyncIterator[Subject]:
     settings = Settings()
     asked = IndexSettings(path=str(index.path), task=TASK, task_arguments=dict(arguments))
     worker, engine = ModelWorker(settings, "cpu"), load_engine(asked, settings)
@@ -130,10 +102,9 @@ async def subject(index: Index, arguments: Mapping[str, int], target: str, pid: 
         "example": [load_request(ExampleQuery({"text": text}), k=K) for text in texts],
         "sketch": [load_request(SketchQuery(sketch, index.fingerprint), k=K) for sketch in sketched],
     }
-    async with Load(target, timeout_s=120) as load, grpc.aio.insecure_channel(target) as channel:
+    async with Load(server.target, timeout_s=120) as load, grpc.aio.insecure_channel(server.target) as channel:
         yield Subject(
-            target=target,
-            pid=pid,
+            server=server,
             engine=engine,
             load=load,
             stub=AttributionStub(channel),
@@ -210,22 +181,23 @@ async def loads(about: Subject, scale: Scale) -> float:
     print(f"\ncapacity for the mix: {capacity:.1f} a second; the queue's promise: {PROMISE_S:g} s\n", flush=True)
     rows = []
     for share in LOADS:
-        before = anonymous_mib(about.pid)
-        measured = await about.load.open(about.requests, share * capacity, seconds=scale.seconds, warm_up_s=1)
-        rows.append([f"{share:g} x", *_row(measured), f"{anonymous_mib(about.pid) - before:+.0f}"])
-    print(markdown_table(["load", *COLUMNS, "MiB more"], rows), flush=True)
+        rows.append([f"{share:g} x", *await _row(about, share * capacity, scale.seconds, about.server.anonymous_mib)])
+    print(markdown_table(["load", *COLUMNS], rows), flush=True)
     return capacity
 
 
 COLUMNS = ("calls", "without status", "answered a second", "refused", "other", "p50, ms", "p95, ms", "p99, ms",
-           "p99 / promise", "sent late, ms")  # fmt: skip
+           "p99 waited / promise", "sent late, ms", "MiB more")  # fmt: skip
 
 
-def _row(measured: Measurement) -> list[str]:
+async def _row(about: Subject, rate: float, seconds: float, mib_before: float) -> list[str]:
+    num_before = len(about.server.waits_s)
+    measured = await about.load.open(about.requests, rate, seconds=seconds)
     codes, answered = measured.codes, measured.durations_of()
     refused = codes.get("RESOURCE_EXHAUSTED", 0)
     lost = measured.num_calls - sum(codes.values())
     others = {code: count for code, count in codes.items() if code not in (OK, "RESOURCE_EXHAUSTED")}
+    waited = about.server.waits_s[num_before:]
     return [
         f"{measured.num_calls:,}",
         str(lost),
@@ -233,19 +205,19 @@ def _row(measured: Measurement) -> list[str]:
         f"{refused / max(1, measured.num_calls):.0%}",
         json.dumps(others) if others else "0",
         *_times(answered, ("p50", "p95", "p99")),
-        f"{quantiles_ms(answered).get('p99', 0.0) / 1e3 / PROMISE_S:.2f}",
+        f"{quantiles_ms(waited)['p99'] / 1e3 / PROMISE_S:.2f}" if waited else "",
         f"{1e3 * measured.lag_s:.0f}",
+        f"{about.server.anonymous_mib - mib_before:+.0f}",
     ]
 
 
 async def overload(about: Subject, capacity: float, minutes: float) -> None:
     """Twice the capacity for so many minutes, a row for each."""
-    rows, first = [], anonymous_mib(about.pid)
+    rows, first = [], about.server.anonymous_mib
     spans = [60.0] * int(minutes) + [60 * (minutes % 1)] * (minutes % 1 > 0)
     for number, seconds in enumerate(spans, 1):
-        measured = await about.load.open(about.requests, 2 * capacity, seconds=seconds)
-        rows.append([str(number), *_row(measured), f"{anonymous_mib(about.pid) - first:+.0f}"])
-    print(markdown_table(["minute at 2 x", *COLUMNS, "MiB more than at first"], rows), flush=True)
+        rows.append([str(number), *await _row(about, 2 * capacity, seconds, first)])
+    print(markdown_table(["minute at 2 x", *COLUMNS], rows), flush=True)
 
 
 def _times(durations_s: Sequence[float], names: Sequence[str]) -> list[str]:
@@ -253,15 +225,8 @@ def _times(durations_s: Sequence[float], names: Sequence[str]) -> list[str]:
     return [f"{found[name]:.2f}" if found else "" for name in names]
 
 
-def anonymous_mib(pid: int) -> float:
-    """Memory of a process and its children that no file backs."""
-    family = [pid, *(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-    lines = [line for each in family for line in Path(f"/proc/{each}/status").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
-async def measure(index: Index, arguments: Mapping[str, int], target: str, pid: int, scale: Scale, given: Any) -> None:
-    async with subject(index, arguments, target, pid) as about:
+async def measure(index: Index, arguments: Mapping[str, int], server: Served, scale: Scale, given: Any) -> None:
+    async with subject(index, arguments, server) as about:
         await overhead(about, scale)
         print()
         await throughput(about, scale, max(1, given.repeats // 2))
@@ -284,8 +249,8 @@ def main() -> None:
             ServedGPT(**arguments), path, SketchConfig(width=8192, bits=1), task_spec=TASK, task_arguments=arguments,
             progress=False,
         )  # fmt: skip
-        with serving(path, arguments, Path(folder)) as (target, pid):
-            asyncio.run(measure(index, arguments, target, pid, scale, given))
+        with serving(path, arguments, Path(folder)) as server:
+            asyncio.run(measure(index, arguments, server, scale, given))
 
 
 if __name__ == "__main__":

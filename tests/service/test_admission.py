@@ -25,25 +25,60 @@ from serving import QUERIES, Served
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=3)
 
 
-def test_what_waits_is_expected_to_take_as_long_as_what_was_done_last() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass."""
+    now = [100.0]
+    monkeypatch.setattr("loopsway.service.admission.time.monotonic", lambda: now[0])
+
+    def passing(seconds: float) -> None:
+        now[0] += seconds
+
+    return passing
+
+
+def done(stage: Stage, count: int, seconds: float, clock: Callable[[float], None]) -> None:
+    with stage.doing(count):
+        clock(seconds)
+
+
+def test_what_waits_is_expected_to_take_as_long_as_what_was_done_last(clock: Callable[[float], None]) -> None:
     stage = Stage(num_places=2)
     stage.num_waiting = 12
     assert stage.expected_s == 0, "nothing is known yet"
-    stage.note(3, 1.5)
+    done(stage, 3, 1.5, clock)
     assert stage.expected_s == pytest.approx(12 * 0.5 / 2)
     for _ in range(100):
-        stage.note(4, 0.4)
+        done(stage, 4, 0.4, clock)
     assert stage.expected_s == pytest.approx(12 * 0.1 / 2, rel=1e-3), "an old pace is forgotten"
-    stage.note(32, 32 * 0.2)
+    done(stage, 32, 32 * 0.2, clock)
     assert stage.expected_s == pytest.approx(12 * 10 / 68 / 2, rel=1e-3), "9 tenths of 40 at 0.1 s, and 32 at 0.2"
     stage.forget()
     assert stage.expected_s == 0
 
 
-def test_requests_are_let_in_while_what_is_before_them_takes_no_longer_than_promised() -> None:
+def test_what_is_under_way_counts_once_it_takes_longer_than_it_used_to(clock: Callable[[float], None]) -> None:
+    stage = Stage(num_places=1)
+    stage.num_waiting = 10
+    done(stage, 1, 0.1, clock)
+    before = stage.expected_s
+    with stage.doing(1):
+        assert stage.expected_s == before == pytest.approx(1.0), "it was begun just now"
+        clock(5)
+        during = stage.expected_s
+        assert during == pytest.approx(10 * (0.9 * 0.1 + 5) / 1.9)
+    assert stage.expected_s == pytest.approx(during)
+    with pytest.raises(ZeroDivisionError), stage.doing(1):
+        clock(60 / 0)
+    assert stage.expected_s == pytest.approx(during), "what failed says nothing"
+
+
+def test_requests_are_let_in_while_what_is_before_them_takes_no_longer_than_promised(
+    clock: Callable[[float], None],
+) -> None:
     admission = Admission("any", Settings(max_wait_s=2.0, max_waiting=100, retry_after_s=0.25, search_threads=2))
-    admission.stages["sketch"].note(1, 0.5)
-    admission.stages["rank"].note(1, 0.1)
+    done(admission.stages["sketch"], 1, 0.5, clock)
+    done(admission.stages["rank"], 1, 0.1, clock)
     work: dict[Any, int] = {"sketch": 2, "rank": 2}  # a second and, in two threads, a tenth
     with ExitStack() as stack:
         places = [stack.enter_context(admission.place(work, has_thread=True)) for _ in range(3)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -84,9 +85,16 @@ async def test_cancelled_work_ends_at_its_next_part(threads: SearchThreads) -> N
     assert await asyncio.to_thread(ended.wait, 30)
 
 
-async def test_how_long_work_took_is_told_without_its_waiting(threads: SearchThreads) -> None:
+async def test_what_is_around_work_is_entered_once_it_has_its_thread(threads: SearchThreads) -> None:
     taken = list[float]()
-    await asyncio.gather(*(threads.run(lambda _: time.sleep(0.05), note=taken.append) for _ in range(3)))
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        taken.append(time.perf_counter() - begin)
+
+    await asyncio.gather(*(threads.run(lambda _: time.sleep(0.1), around=timed()) for _ in range(3)))
     assert len(taken) == 3
-    assert min(taken) >= 0.05
-    assert max(taken) < 0.15, "the third waited 0.1 s"
+    assert min(taken) >= 0.1
+    assert sum(taken) < 0.6, "the second waited 0.1 s for its thread, the third 0.2"

@@ -6,6 +6,7 @@ for nothing else. How long that takes is learned from what was done last, beside
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,16 +35,30 @@ class Stage:
         self.num_waiting = 0
         self._num_places = num_places
         self._seconds = self._count = 0.0
+        self._under_way: list[tuple[float, int]] = []  # when it was begun, and how many
 
     @property
     def expected_s(self) -> float:
         """How long what waits will take; 0 as long as nothing is known."""
-        return self.num_waiting * self._seconds / self._count / self._num_places if self._count else 0.0
+        if not self._count:
+            return 0.0
+        learned, now = self._seconds / self._count, time.monotonic()
+        # As if what is under way were done now: that all of it takes longer than it used to shows first there.
+        seconds = KEPT * self._seconds + sum(now - begin for begin, _ in self._under_way)
+        seen = seconds / (KEPT * self._count + sum(count for _, count in self._under_way))
+        return self.num_waiting * max(learned, seen) / self._num_places
 
-    def note(self, num_done: int, seconds: float) -> None:
-        """Learns that so many were done together, in one place."""
-        self._seconds = KEPT * self._seconds + seconds
-        self._count = KEPT * self._count + num_done
+    @contextmanager
+    def doing(self, count: int) -> Iterator[None]:
+        """So many are done in here together, in one place; how long that takes is learned, unless it fails."""
+        under_way = (time.monotonic(), count)
+        self._under_way.append(under_way)
+        try:
+            yield
+            self._seconds = KEPT * self._seconds + time.monotonic() - under_way[0]
+            self._count = KEPT * self._count + count
+        finally:
+            self._under_way.remove(under_way)
 
     def forget(self) -> None:
         """Unlearns the pace: it was that of first times."""

@@ -209,7 +209,7 @@ class Engine:
         rows = self.index.sketched_rows()[:2].tolist()
         query = None
         if self._model is not None:
-            await self._model.load(worker, self.admission.stages["sketch"].note)
+            await self._model.load(worker, self.admission.stages["sketch"].doing)
             query = await self._model.warm_up(rows) if rows else None
             self.admission.stages["sketch"].forget()  # first times say nothing of later ones
         if query is None:
@@ -243,8 +243,7 @@ class Engine:
             if place is None:
                 return await self._threads.run(work)
             stage = self.admission.stages[kind]
-            done = partial(stage.note, place.left(stage))
-            return await self._threads.run(work, order=place.number, note=done)
+            return await self._threads.run(work, order=place.number, around=stage.doing(place.left(stage)))
         except ShardsUnavailableError as error:
             raise UnavailableError(str(error), retry_after_s=self._settings.retry_after_s) from error
 

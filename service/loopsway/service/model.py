@@ -6,10 +6,9 @@ S steps, W width. Queries of several requests share batches.
 from __future__ import annotations
 
 import asyncio
-import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
@@ -25,6 +24,7 @@ from .settings import Settings
 from .worker import ModelWorker
 
 ModelQuery: TypeAlias = ExampleQuery | IdQuery
+Doing: TypeAlias = Callable[[int], AbstractContextManager[None]]
 Answer: TypeAlias = ResolvedQuery | Message  # a sketch, or what the query is refused for
 
 _numbers = count(1)
@@ -59,12 +59,12 @@ class QueryModel:
         """Queries that wait."""
         return 0 if self._batches is None else self._batches.num_waiting
 
-    async def load(self, worker: ModelWorker, note: Callable[[int, float], object] | None = None) -> None:
+    async def load(self, worker: ModelWorker, doing: Doing = nullcontext) -> None:
         """Loads the task and its models.
 
         Args:
             worker: whose process runs them.
-            note: is told of each batch how many queries it was and how many seconds it took.
+            doing: gives what is entered while so many queries are sketched together.
 
         Raises:
             LoadError: the task can't be loaded, or its model makes other sketches than the index holds.
@@ -74,7 +74,7 @@ class QueryModel:
         self._forget = weakref.finalize(self, _forget, asyncio.get_running_loop(), worker, self._key)
         self._forget.atexit = False
         self._batches = Batcher(
-            partial(_sketched, worker, self._key, note),
+            partial(_sketched, worker, self._key, doing),
             batch_size=self._settings.batch_size,
             delay_s=self._settings.batch_delay_s,
             shared_faults=UnavailableError,
@@ -141,15 +141,13 @@ class QueryModel:
 async def _sketched(
     worker: ModelWorker,
     key: str,
-    note: Callable[[int, float], object] | None,
+    doing: Doing,
     items: Sequence[tuple[Message, Passage]],
 ) -> list[Answer]:
     for _, passage in items:
         passage.becomes("sketch")
-    begin = time.monotonic()
-    reply, arrays = await worker.sketch(key, [item for item, _ in items])
-    if note is not None:
-        note(len(items), time.monotonic() - begin)
+    with doing(len(items)):
+        reply, arrays = await worker.sketch(key, [item for item, _ in items])
     sketches = iter(arrays)
     return [
         result

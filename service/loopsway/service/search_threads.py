@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from heapq import heappop, heappush
 from itertools import count
 from typing import TypeAlias, TypeVar
@@ -40,16 +39,16 @@ class SearchThreads:
         return self._num_free > 0
 
     async def run(
-        self, work: Work[_Result], *, order: int = FIRST, note: Callable[[float], object] | None = None
+        self, work: Work[_Result], *, order: int = FIRST, around: AbstractContextManager[None] | None = None
     ) -> _Result:
         """Runs `work`, which calls what it is given between its costly parts: it ends there once it is cancelled.
 
         Args:
             work: what to do.
             order: what waits with a lower one goes first.
-            note: is told the seconds that it took in the thread.
+            around: entered while it has a thread.
         """
-        is_cancelled, taken_s = threading.Event(), 0.0
+        is_cancelled = threading.Event()
 
         def go_on() -> None:
             if is_cancelled.is_set():
@@ -58,22 +57,16 @@ class SearchThreads:
         with part("queue") as passage:  # for a thread
 
             def begun() -> _Result:
-                nonlocal taken_s
                 passage.becomes("search")
-                begin = time.perf_counter()
-                result = work(go_on)
-                taken_s = time.perf_counter() - begin
-                return result
+                return work(go_on)
 
             async with self._turn(order):
                 try:
-                    result = await asyncio.get_running_loop().run_in_executor(self._threads, begun)
+                    with around or nullcontext():
+                        return await asyncio.get_running_loop().run_in_executor(self._threads, begun)
                 except asyncio.CancelledError:
                     is_cancelled.set()
                     raise
-        if note is not None:
-            note(taken_s)
-        return result
 
     def close(self) -> None:
         """Waits for what runs; drops what waits."""
