@@ -197,6 +197,31 @@ def test_a_device_without_memory_for_a_slot_scans_it_block_by_block(caplog: pyte
     assert (scan.held, caplog.text) == (["small"], "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit on memory")
+def test_a_device_without_memory_for_a_scan_lets_go_of_what_it_holds(caplog: pytest.LogCaptureFixture) -> None:
+    width, count, query = 1024, 1 << 17, draw(1, 1024)
+
+    def repeated(bits: int) -> Rows:
+        """One block again and again."""
+        rows, _ = rows_of(bits, width)
+        blocks = [range(start, start + len(rows.blocks[0])) for start in range(0, count, len(rows.blocks[0]))]
+        factors = np.tile(rows.factors[: len(blocks[0])], len(blocks))
+        return replace(rows, blocks=blocks, codes=lambda _: rows.codes(0), factors=factors)
+
+    scan, signs = DeviceScan(torch.device("cpu"), AMPLE), repeated(1)
+    scan.candidates("floats", query, 32, repeated(32), 5)
+    want = scan.candidates("signs", query, 1, signs, 64)
+    assert scan.held == ["floats", "signs"]
+    # A tile of signs takes 256 MiB, which is more; the floats held 512 MiB.
+    with at_most_bytes_more(160 << 20), caplog.at_level(logging.WARNING):
+        got = scan.candidates("signs", query, 1, signs, 64)
+    for mine, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine.limits, other.limits)
+    assert scan.held == []
+    held = count * width * 4 + count * width // 8
+    assert f"{held} bytes of codes left it, and at most 0 stay there from now on" in caplog.text
+
+
 @needs_cuda
 def test_a_gpu_without_memory_for_a_slot_scans_it_block_by_block(caplog: pytest.LogCaptureFixture) -> None:
     rows, _ = rows_of(32, 1024)

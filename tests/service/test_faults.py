@@ -9,19 +9,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import torch
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from loopsway.client import Client, ExampleQuery, UnavailableError
 from loopsway.indexer import Checkpoint, Index, load_task
+from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
 from loopsway.indexer.sketches.weights import size_of
 from loopsway.service.frames import encoded
 from loopsway.v1 import attribution_pb2 as pb
@@ -73,6 +75,43 @@ def test_a_killed_model_process_costs_the_queries_under_way_and_nothing_else(
     assert worker.num_starts == 2
     health: Any = health_pb2_grpc.HealthStub(served.channel)
     assert health.Check(health_pb2.HealthCheckRequest(service="tiny")).status == health_pb2.HealthCheckResponse.SERVING
+
+
+class ScantShards(LocalShards):
+    """Have no memory for the first question of each method."""
+
+    def __init__(self, index: Index) -> None:
+        super().__init__([index.codes])
+        self._asked: set[str] = set()
+
+    def ask(self, method: Method, arguments: Sequence[Any], **options: Any) -> list[Any]:
+        if method not in self._asked:
+            self._asked.add(method)
+            raise MemoryError("Unable to allocate 40.0 GiB") if method == "search" else torch.OutOfMemoryError("CUDA")
+        return super().ask(method, arguments, **options)
+
+
+def test_a_search_without_memory_is_unavailable_and_the_next_one_is_answered(
+    serve: Callable[..., Served], index: Index, sketches: np.ndarray
+) -> None:
+    served = serve(model=False, retry_after_s=2.5)
+    query = pb.Query(sketch=pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(sketches[0])))
+    asks: list[Callable[[], Any]] = [
+        lambda: served.stub.FindInfluences(pb.FindInfluencesRequest(queries=[query], k=3)),
+        lambda: list(served.stub.ScoreExamples(pb.ScoreExamplesRequest(queries=[query]))),
+        lambda: served.stub.FindNeighbors(pb.FindNeighborsRequest(example_ids=["tiny-3"])),
+    ]
+    expected = [ask() for ask in asks]
+    served.engine.index.reader = ShardedReader(ScantShards(served.engine.index))
+    for ask, answer in zip(asks, expected, strict=True):
+        with pytest.raises(grpc.RpcError) as caught:
+            ask()
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "too little memory for this request now" in error.details()
+        assert "GiB" not in error.details()
+        assert retry_after_s(error) == 2.5
+        assert ask() == answer
 
 
 def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:

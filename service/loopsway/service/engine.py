@@ -24,6 +24,7 @@ from . import questions
 from .admission import Admission, Place, StageName
 from .answers import Curves, Influences, Trajectories
 from .errors import InvalidFieldError, PreconditionError, UnavailableError, UnknownNameError
+from .memory import enough_memory
 from .model import ModelQuery, QueryModel
 from .queries import Query, ResolvedQuery, SketchQuery
 from .search_threads import SearchThreads, Work
@@ -240,10 +241,11 @@ class Engine:
     async def _ask(self, work: Work[_Result], place: Place | None = None, kind: StageName = "rank") -> _Result:
         """Runs work in a thread, when it is the turn of a request in this place; without one it comes first."""
         try:
-            if place is None:
-                return await self._threads.run(work)
-            stage = self.admission.stages[kind]
-            return await self._threads.run(work, order=place.number, around=stage.doing(place.left(stage)))
+            with enough_memory(f"a search of index {self.name}", self._settings):
+                if place is None:
+                    return await self._threads.run(work)
+                stage = self.admission.stages[kind]
+                return await self._threads.run(work, order=place.number, around=stage.doing(place.left(stage)))
         except ShardsUnavailableError as error:
             raise UnavailableError(str(error), retry_after_s=self._settings.retry_after_s) from error
 

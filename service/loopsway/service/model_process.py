@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from loopsway.indexer import ExampleSketcher, Task, TaskError, load_sketcher, open_index
+from loopsway.indexer.memory import is_out_of_memory
 from loopsway.indexer.sketches.weights import WeightMemory
 
 from .frames import LENGTH, Message, decoded, encoded
@@ -97,7 +98,7 @@ class LoadedTask:
         try:
             return self._sketch(examples, go_on)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             _log.warning("out of memory with a batch of %d examples of index %s", len(examples), self._name)
         return [self._sketch_alone(example, go_on) for example in examples]
@@ -118,7 +119,7 @@ class LoadedTask:
         try:
             return self._sketch([example], go_on)[0]
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             _log.warning("out of memory with one example of index %s, alone", self._name)
         return QueryError("unavailable", "the model has too little memory for this query now; ask again later")
@@ -263,11 +264,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     lines = dict(line.split(":") for line in facts.read_text().splitlines())
     return int(SHARE * int(lines["MemAvailable"].split()[0]) * 1024)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU, torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _kind(error: Exception) -> str:

@@ -22,6 +22,7 @@ from .catalog import Catalog
 from .engine import Engine
 from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
 from .limits import check_limits
+from .memory import enough_memory
 from .queries import Query
 from .record import note, part
 from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
@@ -230,7 +231,7 @@ class Servicer(AttributionServicer):
             with in_field("header"):
                 return self._engine(name)
 
-        with self._streams.place():
+        with self._streams.place(), enough_memory("sketching gradients", self._settings):
             timed = unstalled(aiter(requests), self._settings.stall_s)
             note(num_queries=1)
             engine, values = await gradients.sketched(timed, engine_of, self._settings)

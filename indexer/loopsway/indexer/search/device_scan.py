@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..memory import is_out_of_memory
 from ..sketches.coding import code_shape, decode
 from .coded_queries import ROUNDING, by_peaks, slack_of
 from .scan import Answer, Rows, Score, ranked
@@ -59,7 +60,8 @@ class DeviceScan:
 
     A slot's codes are held from its first scan on; those of the slots that were not used for longest leave for them. A
     slot that is larger than all that may be held is copied block by block in each scan. Each thread that scans may
-    need one slot and a few tiles more while it does.
+    need one slot and a few tiles more while it does. Where memory runs out, all held codes leave, and it tries once
+    more.
 
     Args:
         device: where.
@@ -100,7 +102,22 @@ class DeviceScan:
 
         Returns:
             Candidates of each sign; the second's limits are of the negated scores.
+
+        Raises:
+            RuntimeError: the device has too little memory even without held codes.
         """
+        try:
+            return self._candidates(name, queries, bits, rows, count)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._let_go(str(error))
+        # Out here, where the error no longer keeps what the first attempt had allocated.
+        return self._candidates(name, queries, bits, rows, count)
+
+    def _candidates(
+        self, name: Hashable, queries: np.ndarray, bits: int, rows: Rows, count: int
+    ) -> tuple[Candidates, Candidates]:
         unit, peaks = by_peaks(queries)
         coded = unit.astype(np.float16)
         slack = slack_of(unit, coded, _rounding(queries.shape[1], bits)) * np.float32(rows.longest)
@@ -153,6 +170,19 @@ class DeviceScan:
                     "and others are copied in each search (%s)", self.device, self._budget, str(error).split("\n")[0]
                 )  # fmt: skip
                 return None
+
+    def _let_go(self, reason: str) -> None:
+        """Frees all held codes; from now on as many may be held as now seems well."""
+        with self._lock:
+            freed = sum(codes.nbytes for codes in self._held.values())
+            self._held.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._budget = min(self._budget or 0, _free_share(self.device))
+        _log.warning(
+            "%s has no memory left for a search: %d bytes of codes left it, and at most %d stay there from now on (%s)",
+            self.device, freed, self._budget, reason.split("\n")[0],
+        )  # fmt: skip
 
     def _hold(self, name: Hashable, codes: Tensor) -> None:
         with self._lock:
