@@ -1,4 +1,4 @@
-"""What `loopsway reproduce scale` counts is what there is: stored bytes, and memory that was held."""
+"""What `loopsway reproduce scale` counts is what there is: stored bytes, memory that was held, exact influences."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from loopsway.experiments.accuracy import influences
 from loopsway.experiments.looped_gpt import PreludeCodaTask, Shape
 from loopsway.experiments.memory import Job, peaks
 from loopsway.experiments.texts import synthetic_texts
@@ -54,6 +55,15 @@ def test_a_peak_is_at_least_what_is_held_and_grows_with_the_batch() -> None:
     # Beside the gradients, activations of 8 bytes and one call's products: less than as much again.
     for batch, peak in found.items():
         assert batch * example <= peak < 2 * batch * example, (batch, peak, example)
+
+
+def test_influences_of_long_gradients_are_right_to_float32() -> None:
+    draw = torch.Generator().manual_seed(0)
+    totals = torch.rand(2, 3_000_001, generator=draw)
+    steps = torch.rand(1, 3, 3_000_001, generator=draw)
+    truth = torch.einsum("np,qsp->nqs", totals.double(), steps.double())
+    # All summands have one sign: what float32 loses while adding up doesn't cancel.
+    torch.testing.assert_close(influences(totals, steps).double(), truth, rtol=1e-6, atol=0)
 
 
 def _model(shape: Shape = SHAPE) -> tuple[PreludeCodaTask, torch.nn.Module]:

@@ -22,6 +22,8 @@ from loopsway.indexer.sketches.coding import decode, encode, rotate
 
 from .reference import reference_features
 
+COLUMNS = 1 << 16  # of gradients, that are made float64 at once
+
 
 class SelfInfluence:
     """The exact influences of some examples on one another.
@@ -85,5 +87,12 @@ class SelfInfluence:
 
 
 def influences(totals: Tensor, steps: Tensor) -> Tensor:
-    """[N, P] and [Q, S, P] give [N, Q, S]."""
-    return (totals @ steps.flatten(0, 1).T).unflatten(1, steps.shape[:2])
+    """[N, P] and [Q, S, P] give [N, Q, S].
+
+    They are added up in float64: a million products added up in float32 are wrong by some 1e-4.
+    """
+    flat = steps.flatten(0, 1)
+    found = torch.zeros(len(totals), len(flat), dtype=torch.float64, device=totals.device)
+    for left, right in zip(totals.split(COLUMNS, dim=1), flat.split(COLUMNS, dim=1), strict=True):
+        found += left.double() @ right.double().T
+    return found.float().unflatten(1, steps.shape[:2])
