@@ -99,6 +99,16 @@ def test_scores_are_what_trajectories_say_of_every_example(index: Index, sketche
                 np.testing.assert_array_equal(scores.standard_errors[query, place, own], side.standard_errors)
 
 
+@pytest.mark.parametrize("resolve", RESOLVES)
+def test_scores_at_some_steps_are_those_among_all(index: Index, sketches: np.ndarray, resolve: Any) -> None:
+    whole, some = index.scores(sketches, resolve), index.scores(sketches, resolve, [3, 1])
+    assert some.steps == (None, 3, 1)
+    for name in ("influences", "standard_errors"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(whole, name)[:, [0, 4, 2]])
+    with pytest.raises(ValueError, match="step 4 does not exist; expected 0 to 3"):
+        index.scores(sketches, resolve, [4])
+
+
 def test_a_file_of_scores_ranks_every_example(index: Index, sketches: np.ndarray, tmp_path: Path) -> None:
     table = read(tmp_path, score_examples(index, sketches, tmp_path, per="each", progress=False))
     assert len(table) == 5 * 5 * (COUNT - 1)

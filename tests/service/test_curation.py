@@ -77,6 +77,20 @@ def test_shares_magnitudes_and_filters_bound_each_ranking(client: Client, index:
     assert [(chunk.step, chunk.example_ids) for chunk in none] == [(None, ()), (0, ()), (1, ()), (2, ())]
 
 
+def test_some_steps_can_be_scored_and_others_do_not_exist(client: Client, index: Index, sketches: np.ndarray) -> None:
+    (query,) = as_queries(sketches[:1], index)
+    whole = {chunk.step: chunk for chunk in client.score_examples([query])}
+    for chunk in (some := list(client.score_examples([query], steps=[2, 0]))):
+        assert chunk.example_ids == whole[chunk.step].example_ids
+        np.testing.assert_array_equal(chunk.influences, whole[chunk.step].influences)
+    assert [chunk.step for chunk in some] == [None, 0, 2]
+    with pytest.raises(InvalidQueryError, match="step 3 does not exist; expected 0 to 2") as caught:
+        list(client.score_examples([query], steps=[3]))
+    assert caught.value.field == "steps"
+    with pytest.raises(InvalidQueryError, match="leave it None for all"):
+        list(client.score_examples([query], steps=[]))
+
+
 def test_examples_are_scored_like_their_sketches(client: Client, index: Index, sketches: np.ndarray) -> None:
     examples = list(client.score_examples([ExampleQuery(query) for query in QUERIES]))
     as_sketches = list(client.score_examples(as_queries(sketches, index)))

@@ -69,7 +69,7 @@ def seeds(index: Index) -> dict[str, list[list[Any]]]:
         "GetTrajectories": [
             [pb.GetTrajectoriesRequest(queries=[sketch], example_ids=ids, resolve=pb.RESOLVE_MODE_STEP_MATRIX)]
         ],
-        "ScoreExamples": [[pb.ScoreExamplesRequest(queries=[sketch], top_share=0.1, where="row < 40")]],
+        "ScoreExamples": [[pb.ScoreExamplesRequest(queries=[sketch], top_share=0.1, where="row < 40", steps=[1])]],
         "FindNeighbors": [[pb.FindNeighborsRequest(example_ids=ids, k=2, step=1, threshold=0.1)]],
         "SketchQueries": [[pb.SketchQueriesRequest(queries=queries[:2])]],
         "ReloadIndex": [[pb.ReloadIndexRequest(index="tiny")]],

@@ -128,6 +128,7 @@ class AsyncClient:
         queries: Sequence[Query],
         *,
         resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
         where: str = "",
         top_share: float | None = None,
         bottom_share: float | None = None,
@@ -139,7 +140,7 @@ class AsyncClient:
     ) -> AsyncIterator[ScoreChunk]:
         """As `Client.score_examples`."""
         request = requests.scores_request(
-            queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
+            queries, resolve, steps, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
         )
         stream = self._stub.ScoreExamples(
             request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=request_metadata(request_id)

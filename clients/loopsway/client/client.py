@@ -173,6 +173,7 @@ class Client:
         queries: Sequence[Query],
         *,
         resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
         where: str = "",
         top_share: float | None = None,
         bottom_share: float | None = None,
@@ -188,13 +189,14 @@ class Client:
 
         Args:
             queries: one or more, of one number of steps.
-            resolve: as in `find_influences`.
+            resolve: as in `InfluenceOptions`.
+            steps: as in `InfluenceOptions`.
             where: a filter over the examples, which are ranked within it. Empty: all.
             top_share: return this share of the examples, those of largest influence, above 0 and at most 1; with
                 `bottom_share`, both. None for both: all.
             bottom_share: return this share, those of smallest influence.
             least_magnitude: of the influences that are returned.
-            require_full_coverage: as in `find_influences`.
+            require_full_coverage: as in `InfluenceOptions`.
             index: may be left out when the server serves exactly one.
             timeout_s: of the whole stream. None: the client's own.
             request_id: as in `find_influences`.
@@ -203,7 +205,7 @@ class Client:
             Each ranking in order, the one over the whole loop first.
         """
         request = requests.scores_request(
-            queries, resolve, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
+            queries, resolve, steps, where, top_share, bottom_share, least_magnitude, require_full_coverage, index
         )
         stream = self._stub.ScoreExamples(
             request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=request_metadata(request_id)
@@ -239,7 +241,7 @@ class Client:
             step: of the loop. None: the gradients summed over steps.
             threshold: the least similarity. None: any.
             where: a filter over the examples. Empty: all.
-            require_full_coverage: as in `find_influences`.
+            require_full_coverage: as in `InfluenceOptions`.
             index: may be left out when the server serves exactly one.
             timeout_s: None: the client's own.
             request_id: as in `find_influences`.

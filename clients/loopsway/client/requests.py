@@ -46,8 +46,6 @@ def influences_request(
     index: str = "",
 ) -> pb.FindInfluencesRequest:
     """Keywords are those of `InfluenceOptions`."""
-    if steps is not None and not len(steps):
-        raise InvalidQueryError("steps is empty; name one or more, or leave it None for all", field="steps")
     return pb.FindInfluencesRequest(
         index=index,
         queries=query_messages(queries),
@@ -56,7 +54,7 @@ def influences_request(
         opponent_count=None if num_opponents is None else _int32(num_opponents, "opponent_count"),
         include_trajectories=trajectories,
         resolve=_resolve(resolve, get_args(Resolve)),
-        steps=[_int32(step, f"steps[{i}]") for i, step in enumerate(() if steps is None else steps)],
+        steps=_steps(steps),
         where=where,
         approximate=not exact,
         require_full_coverage=require_full_coverage,
@@ -77,6 +75,7 @@ def trajectories_request(
 def scores_request(
     queries: Sequence[Query],
     resolve: Resolve,
+    steps: Sequence[int] | None,
     where: str,
     top_share: float | None,
     bottom_share: float | None,
@@ -88,6 +87,7 @@ def scores_request(
         index=index,
         queries=query_messages(queries),
         resolve=_resolve(resolve, get_args(Resolve)),
+        steps=_steps(steps),
         where=where,
         top_share=top_share,
         bottom_share=bottom_share,
@@ -174,6 +174,14 @@ def _int32(value: SupportsIndex, field: str) -> int:
     if not -(1 << 31) <= whole < 1 << 31:
         raise InvalidQueryError(f"{field} is {whole}, expected a whole number of 32 bits", field=field)
     return whole
+
+
+def _steps(steps: Sequence[SupportsIndex] | None) -> list[int]:
+    if steps is None:
+        return []
+    if not len(steps):
+        raise InvalidQueryError("steps is empty; name one or more, or leave it None for all", field="steps")
+    return [_int32(step, f"steps[{i}]") for i, step in enumerate(steps)]
 
 
 def _resolve(resolve: str, allowed: tuple[str, ...]) -> pb.ResolveMode.ValueType:

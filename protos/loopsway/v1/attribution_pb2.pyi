@@ -1065,6 +1065,7 @@ class ScoreExamplesRequest(_message.Message):
     BOTTOM_SHARE_FIELD_NUMBER: _builtins.int
     LEAST_MAGNITUDE_FIELD_NUMBER: _builtins.int
     REQUIRE_FULL_COVERAGE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     resolve: Global___ResolveMode.ValueType
@@ -1087,6 +1088,10 @@ class ScoreExamplesRequest(_message.Message):
         number of steps, the influence on the mean of their losses is scored.
         """
 
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The steps to rank, as in FindInfluencesRequest.steps. Empty means all. The ranking over the whole loop always comes."""
+
     def __init__(
         self,
         *,
@@ -1098,10 +1103,11 @@ class ScoreExamplesRequest(_message.Message):
         bottom_share: _builtins.float | None = ...,
         least_magnitude: _builtins.float | None = ...,
         require_full_coverage: _builtins.bool = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "least_magnitude", b"least_magnitude", "top_share", b"top_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "index", b"index", "least_magnitude", b"least_magnitude", "queries", b"queries", "require_full_coverage", b"require_full_coverage", "resolve", b"resolve", "top_share", b"top_share", "where", b"where"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share", "_least_magnitude", b"_least_magnitude", "_top_share", b"_top_share", "bottom_share", b"bottom_share", "index", b"index", "least_magnitude", b"least_magnitude", "queries", b"queries", "require_full_coverage", b"require_full_coverage", "resolve", b"resolve", "steps", b"steps", "top_share", b"top_share", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_share: _TypeAlias = _typing.Literal["bottom_share"]  # noqa: Y015
     _WhichOneofArgType__bottom_share: _TypeAlias = _typing.Literal["_bottom_share", b"_bottom_share"]  # noqa: Y015

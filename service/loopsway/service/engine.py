@@ -147,6 +147,7 @@ class Engine:
         queries: Sequence[Query],
         *,
         resolve: Resolve,
+        steps: Sequence[int] | None,
         where: str | None,
         deadline: float | None = None,
         require_full_coverage: bool = False,
@@ -158,7 +159,7 @@ class Engine:
         """
         with self._place(queries, "score") as place:
             resolved = await self._resolve(queries, place)
-            score = partial(questions.mean_scores, self.index, resolved, resolve, where, deadline)
+            score = partial(questions.mean_scores, self.index, resolved, resolve, steps, where, deadline)
             scores = await self._ask(score, place, "score")
         if require_full_coverage:
             self._refuse_partial([scores.coverage])

@@ -48,6 +48,7 @@ LIMITS: dict[str, Limit] = {
     "GetTrajectoriesRequest.example_ids": Limit(length="max_id_characters", count="max_example_ids"),
     "ScoreExamplesRequest.index": _INDEX,
     "ScoreExamplesRequest.queries": _QUERIES,
+    "ScoreExamplesRequest.steps": Limit(count="max_steps"),
     "ScoreExamplesRequest.where": _WHERE,
     "FindNeighborsRequest.index": _INDEX,
     "FindNeighborsRequest.example_ids": Limit(length="max_id_characters", count="max_queries"),

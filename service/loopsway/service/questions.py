@@ -91,6 +91,7 @@ def mean_scores(
     index: Index,
     queries: Sequence[ResolvedQuery],
     resolve: Resolve,
+    steps: Sequence[int] | None,
     where: str | None,
     deadline: float | None,
     go_on: GoOn,
@@ -103,8 +104,8 @@ def mean_scores(
             field="queries",
         )
     mean = np.mean([query.sketch for query in queries], axis=0, dtype=np.float64).astype(np.float32)
-    with _refusing("resolve"):
-        return index.scores(mean, resolve, where=where, go_on=go_on, deadline=deadline)
+    with _refusing("steps" if steps else "resolve"):
+        return index.scores(mean, resolve, steps, where=where, go_on=go_on, deadline=deadline)
 
 
 def trajectories(

@@ -191,11 +191,13 @@ class Servicer(AttributionServicer):
     ) -> Iterator[pb.ScoreExamplesResponse]:
         engine = self._engine(request.index)
         resolve = decoding.resolve_from(request.resolve)
+        steps = decoding.steps_from(request.steps)
         fractions, least = decoding.fractions_from(request), decoding.least_magnitude_from(request)
         queries = self._queries(request.queries, engine)
         resolved, scores = await engine.scores(
             queries,
             resolve=resolve,
+            steps=steps,
             where=request.where or None,
             deadline=deadline,
             require_full_coverage=request.require_full_coverage,

@@ -165,16 +165,18 @@ class Index(IndexContents):
         self,
         query_sketches: Any,
         resolve: Resolve = "query_step",
+        steps: Sequence[int] | None = None,
         *,
         where: str | None = None,
         go_on: Callable[[], object] | None = None,
         deadline: float | None = None,
     ) -> Scores:
-        """The influence of every example, in total and at each step; it takes 8 (S + 1) Q n bytes.
+        """The influence of every example, in total and at each of S steps; it takes 8 (S + 1) Q n bytes.
 
         Args:
             query_sketches: float32 [T, W] or [Q, T, W].
             resolve: as in `search`.
+            steps: as in `search`.
             where: as in `search`.
             go_on: as in `search`.
             deadline: as in `search`; examples of shards that did not answer are left out.
@@ -183,8 +185,9 @@ class Index(IndexContents):
             FilterError, ValueError, ShardsUnavailableError: as `search`.
         """
         sketches, _ = checked_sketches(query_sketches, self.width)
-        steps = pairs(resolve, self.num_steps, sketches.shape[1])
-        wanted = [Pair(None, TOTAL), *steps]
+        every = pairs(resolve, self.num_steps, sketches.shape[1])
+        chosen = chosen_steps(steps, len(every))
+        wanted = [Pair(None, TOTAL), *(every[step] for step in chosen)]
         vectors = query_vectors(sketches, self.config)
         rows = self.sketched_rows()
         if where is not None:
@@ -207,7 +210,7 @@ class Index(IndexContents):
             rows, influences, errors = rows[covered], influences[..., covered], errors[..., covered]
         return Scores(
             rows=rows,
-            steps=(None, *range(len(steps))),
+            steps=(None, *chosen),
             influences=influences,
             standard_errors=errors,
             coverage=coverage.share,

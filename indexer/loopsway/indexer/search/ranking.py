@@ -102,7 +102,7 @@ class Scores:
 
     Attributes:
         rows: int64 [n], of the examples in the index.
-        steps: S + 1 of them: None, the total, and then steps as in `Influencers`.
+        steps: S + 1 of them: None, the total, and then those asked for, as in `Influencers`.
         influences: float32 [Q, S + 1, n].
         standard_errors: float32 [Q, S + 1, n].
         coverage: as in `Ranking`.
