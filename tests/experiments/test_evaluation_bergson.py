@@ -11,12 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from loopsway.cli.commands import loopsway
 from loopsway.experiments.evaluation.bergson_program import unroll
 from loopsway.experiments.evaluation.parity import Labelled, ParitySubject
 from loopsway.experiments.evaluation.peer import Bergson
-from loopsway.experiments.evaluation.predictions import BERGSON, BERGSON_ADDED
-from loopsway.experiments.evaluation.training import TrainedTask, train_with_checkpoints
+from loopsway.experiments.evaluation.predictions import BERGSON, BERGSON_ADDED, MAGIC
+from loopsway.experiments.evaluation.training import (
+    BETAS,
+    CLIP_NORM,
+    TrainedTask,
+    drawn_batches,
+    train_with_checkpoints,
+)
 
 PYTHON = os.environ.get("LOOPSWAY_BERGSON_PYTHON")
 SUBJECT = ParitySubject(tiny=True)
@@ -67,7 +75,7 @@ def linear_gradients(task: TrainedTask, examples: Sequence[Labelled]) -> list[np
 def test_bergson_says_what_autograd_does_of_the_bodys_linear_layers(tmp_path: Path) -> None:
     assert PYTHON
     task = train_with_checkpoints(SUBJECT, SUBJECT.rows, 0, tmp_path)
-    found = Bergson(python=Path(PYTHON), subject="parity", tiny=True).predict(task, SUBJECT.queries, tmp_path)
+    found = Bergson(python=Path(PYTHON), subject="parity", tiny=True).predict(task, SUBJECT.queries, tmp_path, 0)
     rates = [checkpoint.learning_rate for checkpoint in task.checkpoints()]
     gradients = [linear_gradients(task, each) for each in (SUBJECT.rows, SUBJECT.queries)]
     pairs = [*zip(*gradients, rates, strict=True)]
@@ -77,3 +85,39 @@ def test_bergson_says_what_autograd_does_of_the_bodys_linear_layers(tmp_path: Pa
     np.testing.assert_allclose(found.influences[BERGSON_ADDED], added, atol=1e-5 * np.abs(added).max())
     own = sum(rate * (rows**2).sum((1, 2)) for rows, _, rate in pairs)
     np.testing.assert_allclose(found.self_influences[BERGSON], own, rtol=1e-4)
+
+
+def trained_losses(weights: torch.Tensor) -> torch.Tensor:
+    """The queries' losses after a training, in float64, whose batches are means by these weights."""
+    course, rows = SUBJECT.course, SUBJECT.rows
+    torch.manual_seed(0)
+    model = SUBJECT.new_model().double()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=course.weight_decay, betas=BETAS)
+    for step, batch in enumerate(drawn_batches(course, len(rows), 0)):
+        optimizer.param_groups[0]["lr"] = course.learning_rate_at(step)
+        losses, mine = SUBJECT.losses(model, SUBJECT.collate([rows[row] for row in batch.tolist()])), weights[batch]
+        optimizer.zero_grad()
+        ((mine * losses).sum() / mine.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+    return SUBJECT.losses(model, SUBJECT.collate(SUBJECT.queries)).detach()
+
+
+@pytest.mark.skipif(not PYTHON, reason="LOOPSWAY_BERGSON_PYTHON names no Python that has bergson")
+def test_magic_is_the_derivative_of_the_training(tmp_path: Path) -> None:
+    assert PYTHON
+    task = train_with_checkpoints(SUBJECT, SUBJECT.rows, 0, tmp_path)
+    peer = Bergson(python=Path(PYTHON), subject="parity", tiny=True, magic=True)
+    found = torch.from_numpy(peer.predict(task, SUBJECT.queries, tmp_path, 0).influences[MAGIC])
+    rows = torch.cat([*drawn_batches(SUBJECT.course, len(SUBJECT.rows), 0)])[::25].unique()
+    for row in rows.tolist():
+        change = torch.zeros(len(SUBJECT.rows), dtype=torch.float64)
+        change[row] = 1e-4
+        slope = (trained_losses(1 + change) - trained_losses(1 - change)) / 2e-4
+        torch.testing.assert_close(found[:, row], -slope, rtol=0.02, atol=1e-3 * found.abs().max().item())
+
+
+def test_magic_is_bergsons() -> None:
+    done = CliRunner(env={"LOOPSWAY_BERGSON_PYTHON": None}).invoke(loopsway, ["evaluate", "parity", "--magic"])
+    assert done.exit_code == 2
+    assert "--bergson-python names a Python that has it" in done.output

@@ -33,9 +33,17 @@ SUBJECTS = ("parity", "text")
     envvar="LOOPSWAY_BERGSON_PYTHON",
     help="A Python that has bergson, which then predicts too.  [env: LOOPSWAY_BERGSON_PYTHON]",
 )
+@click.option("--magic", is_flag=True, help="Have bergson differentiate through the training too: minutes a seed.")
 @click.option("--tiny", is_flag=True, help="A model that learns nothing, to see that it runs.")
 def evaluate(
-    subject: str, subsets: int, seeds: int, removals: int, out: Path | None, bergson_python: Path | None, tiny: bool
+    subject: str,
+    subsets: int,
+    seeds: int,
+    removals: int,
+    out: Path | None,
+    bergson_python: Path | None,
+    magic: bool,
+    tiny: bool,
 ) -> None:
     """Retrains a small looped model and compares what happens with what each method's influences predict.
 
@@ -49,6 +57,8 @@ def evaluate(
     that was stopped goes on where it was.
     """
     folder = out or Path("runs/evaluate") / subject
+    if magic and bergson_python is None:
+        raise click.UsageError("--magic is bergson's; --bergson-python names a Python that has it")
     with in_one_line(), needs("evaluations need their own extra", "experiments,cpu"), stoppable():
         from rich.console import Console
         from rich.progress import Progress
@@ -62,7 +72,9 @@ def evaluate(
 
         chosen = make_subject(subject, tiny=tiny)
         amount = Amount(num_subsets=subsets, seeds=tuple(range(seeds)), num_removal_queries=removals)
-        bergson = Bergson(python=bergson_python, subject=subject, tiny=tiny) if bergson_python else None
+        bergson = None
+        if bergson_python is not None:
+            bergson = Bergson(python=bergson_python, subject=subject, tiny=tiny, magic=magic)
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task(f"retraining {chosen.name}", total=amount.num_trainings())
             results = evaluate(chosen, folder / "work", amount, lambda: bar.advance(task), bergson)

@@ -6,7 +6,7 @@ M subsets, N training examples, Q queries, R seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .predictions import (
     FIRST_STEP,
     LAST_STEP,
     LOSS,
+    MAGIC,
     RANDOM,
     SAME_STEPS,
     TRACIN,
@@ -46,7 +47,7 @@ SCORE, SEED_MEAN, BEYOND = "datamodelling score", "score of the seeds' mean", "s
 DETECTION, REMOVAL = "detection area", "removal"
 CEILING = "another seed's losses"  # as a method: how much of the measured losses is the data's doing
 WRONG_SHARE, REMOVED_SHARE = 0.1, 0.1
-REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, SAME_STEPS, EXACT, BERGSON, LOSS, RANDOM)
+REMOVING = (TRACIN, WHOLE, ADAM, COSINE, FIRST_STEP, LAST_STEP, SAME_STEPS, EXACT, BERGSON, MAGIC, LOSS, RANDOM)
 REMOVING_BY_STEP = ("query_step", "train_step")  # by the first step of each and the last
 
 
@@ -147,7 +148,8 @@ def wrong_labels(subject: Subject, folder: Path, seeds: Iterable[int], bergson: 
         draw = np.random.default_rng(seed)
         wrong[draw.permutation(len(wrong))[: max(1, round(WRONG_SHARE * len(wrong)))]] = True
         rows = [subject.mislabelled(row) if flip else row for row, flip in zip(subject.rows, wrong, strict=True)]
-        found = _predictions(subject, rows, folder / f"wrong-{seed}", seed, bergson)
+        by_itself = bergson and replace(bergson, magic=False)  # which says nothing of an example on itself
+        found = _predictions(subject, rows, folder / f"wrong-{seed}", seed, by_itself)
         for method, scores in found.self_influences.items():
             areas.setdefault(method, []).append(detection_area(scores, wrong))
     return [_over_seeds(DETECTION, method, values) for method, values in areas.items()]

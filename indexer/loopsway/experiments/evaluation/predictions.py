@@ -16,6 +16,7 @@ FIRST_STEP, LAST_STEP = "first step with itself", "last step with itself"
 SAME_STEPS = "same steps, added up"
 EXACT, LOSS, RANDOM = "step-decomposed-influence, exact", "loss", "random"
 BERGSON, BERGSON_ADDED = "bergson, loop unrolled", "bergson, loop unrolled, added up"
+MAGIC = "bergson, MAGIC"
 
 
 @dataclass(frozen=True, kw_only=True)

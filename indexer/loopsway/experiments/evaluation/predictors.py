@@ -40,7 +40,7 @@ def predict(
     """
     found = Predictions.read(folder / FILE) if (folder / FILE).exists() else _predict(task, queries, folder, seed)
     if bergson is not None:
-        found.update(bergson.predict(task, queries, folder))
+        found.update(bergson.predict(task, queries, folder, seed))
     return found
 
 

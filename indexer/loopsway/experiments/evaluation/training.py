@@ -7,7 +7,7 @@ are left out. So two trainings differ by their data alone, and not by an order t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from loopsway.indexer import Checkpoint, Loop, Task
 from loopsway.indexer.sketches.features import to_device
 
 from ..timing import one_thread
-from .subject import Subject
+from .subject import Course, Subject
 
-BETAS = (0.9, 0.98)
+BETAS, CLIP_NORM = (0.9, 0.98), 1.0
 RECORD = "run.json"
 
 Keep = Callable[[int, nn.Module, torch.optim.AdamW], None]
@@ -41,7 +41,7 @@ def train(
         keep: called with the number of each checkpoint, the model and the optimizer.
         device: a torch device, to train on.
     """
-    course, generator = subject.course, torch.Generator().manual_seed(seed)
+    course = subject.course
     kept_rows = torch.from_numpy(np.asarray(kept, bool))
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
@@ -49,13 +49,10 @@ def train(
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=course.learning_rate, weight_decay=course.weight_decay, betas=BETAS, fused=True
         )
-        order, wanted = torch.empty(0, dtype=torch.int64), course.checkpoint_steps()
-        for step in range(course.num_steps):
+        wanted = course.checkpoint_steps()
+        for step, batch in enumerate(drawn_batches(course, len(rows), seed)):
             if keep is not None and step in wanted:
                 keep(wanted.index(step), model, optimizer)
-            while len(order) < course.batch_size:
-                order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
-            batch, order = order[: course.batch_size], order[course.batch_size :]
             batch = batch[kept_rows[batch]].tolist()
             for group in optimizer.param_groups:
                 group["lr"] = course.learning_rate_at(step)
@@ -63,9 +60,19 @@ def train(
                 optimizer.zero_grad()
                 examples = to_device(subject.collate([rows[row] for row in batch]), torch.device(device))
                 subject.losses(model, examples).mean().backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
                 optimizer.step()
     return model.cpu()
+
+
+def drawn_batches(course: Course, num_rows: int, seed: int) -> Iterator[Tensor]:
+    """The rows of each step's batch, before any are left out: int64 [batch_size], epoch after epoch."""
+    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+    for _ in range(course.num_steps):
+        while len(order) < course.batch_size:
+            order = torch.cat([order, torch.randperm(num_rows, generator=generator)])
+        yield order[: course.batch_size]
+        order = order[course.batch_size :]
 
 
 @torch.no_grad()
@@ -136,6 +143,10 @@ class TrainedTask(Task):
         model = self._subject.new_model()
         model.load_state_dict(load_file(checkpoint.path))
         return model.eval()
+
+    @property
+    def course(self) -> Course:
+        return self._subject.course
 
     def second_moments(self, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
         return load_file(_moments(self._folder, self._subject.course.checkpoint_steps().index(int(checkpoint.name))))
