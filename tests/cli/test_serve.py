@@ -50,6 +50,10 @@ def test_the_settings_can_be_checked_without_serving(tiny_index: Path, tmp_path:
     file = tmp_path / "serve.toml"
     file.write_text(f"indices = ['{tiny_index}']\nport = 0\n")
     result = invoke(["serve", "--config", file, "--check-config"])
+    assert result.exit_code == 2
+    assert "its code only runs when you name it" in result.stderr
+    file.write_text(f"indices = [{{ path = '{tiny_index}', model = false }}]\nport = 0\n")
+    result = invoke(["serve", "--config", file, "--check-config"])
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "the settings are good")
     file.write_text(f"indices = ['{tmp_path / 'none.index'}']\n")
     result = invoke(["serve", "--config", file, "--check-config"])

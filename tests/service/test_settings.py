@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loopsway.service import Settings, SettingsError, check_settings, read_settings
+from loopsway.service.catalog import Catalog
+from serving import TASK_SPEC, asked_for, without_model
 
 
 def written(folder: Path, text: str) -> Path:
@@ -66,13 +69,31 @@ def test_an_unknown_variable_is_named_beside_the_known_ones(monkeypatch: pytest.
 
 
 def test_the_check_opens_every_index(index_path: Path, tmp_path: Path) -> None:
-    (line,) = check_settings(Settings(indices=[str(index_path)]))
-    assert line == "index tiny: 48 examples, generation 1"
+    served = without_model(index_path)
+    (line,) = check_settings(Settings(indices=[served]))
+    assert line == "index tiny: 48 examples, generation 1, without its model"
     with pytest.raises(OSError, match="there is no index at"):
-        check_settings(Settings(indices=[str(index_path), str(tmp_path / "none.index")]))
+        check_settings(Settings(indices=[served, str(tmp_path / "none.index")]))
     with pytest.raises(SettingsError, match="both named tiny; give one another name"):
-        check_settings(Settings(indices=[str(index_path)] * 2))
+        check_settings(Settings(indices=[served] * 2))
     with pytest.raises(SettingsError, match="alias live is of index none, the indices are tiny"):
-        check_settings(Settings(indices=[str(index_path)], aliases={"live": "none"}))
+        check_settings(Settings(indices=[served], aliases={"live": "none"}))
     with pytest.raises(SettingsError, match="indices is empty"):
         check_settings(Settings())
+
+
+def test_the_check_refuses_what_a_server_would_not_start_with(index_path: Path) -> None:
+    (line,) = check_settings(Settings(indices=[asked_for(index_path)]))
+    assert line.endswith(f"task {TASK_SPEC}")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"task": None}, "its code only runs when you name it"),
+        ({"task": "none.py:Task"}, "task file none.py of index tiny does not exist"),
+        ({"model": False}, "served without its model; drop one"),
+        ({"workers": 2}, 'give engine "ray" too'),
+        ({"device": "warp"}, "device 'warp' can't be used"),
+    ]
+    for given, text in wrong:
+        settings = Settings(indices=[asked_for(index_path).model_copy(update=given)])
+        for check in (check_settings, Catalog):
+            with pytest.raises(ValueError, match=text):
+                check(settings)

@@ -121,7 +121,8 @@ def test_spans_go_where_the_standard_variables_say(index_path: Path, monkeypatch
 def test_without_tracing_nothing_of_it_is_imported(index_path: Path) -> None:
     code = (
         "import sys; from loopsway.service import Settings, check_settings, server; "
-        "check_settings(Settings(indices=[sys.argv[1]])); print([n for n in sys.modules if 'opentelemetry' in n])"
+        "check_settings(Settings(indices=[{'path': sys.argv[1], 'model': False}])); "
+        "print([n for n in sys.modules if 'opentelemetry' in n])"
     )
     done = subprocess.run([sys.executable, "-c", code, index_path], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"

@@ -249,7 +249,7 @@ def test_a_new_certificate_is_taken_and_a_damaged_one_is_not(
 
 def test_a_check_of_settings_reads_the_certificate(index_path: Path, files: Files) -> None:
     def check(**settings: Any) -> list[str]:
-        return check_settings(Settings(indices=[str(index_path)], **settings))
+        return check_settings(Settings(indices=[without_model(index_path)], **settings))
 
     assert any("fits its key" in line for line in check(tls=files.settings()))
     other = trustme.CA().issue_cert("127.0.0.1")
@@ -266,7 +266,7 @@ def test_a_check_of_settings_reads_the_certificate(index_path: Path, files: File
 
 async def test_others_reach_a_server_only_with_tls_and_tokens_or_certificates(index_path: Path, files: Files) -> None:
     def check(**settings: Any) -> None:
-        check_settings(Settings(host="0.0.0.0", indices=[str(index_path)], **settings))
+        check_settings(Settings(host="0.0.0.0", indices=[without_model(index_path)], **settings))
 
     with pytest.raises(SettingsError, match=r"without TLS .* and without tokens"):
         check()

@@ -103,7 +103,7 @@ def _check(settings: Settings) -> None:
 
     try:
         lines = service.check_settings(settings)
-    except (ValueError, OSError, LookupError) as error:
+    except (ValueError, OSError, LookupError, ImportError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     for line in lines:

@@ -10,6 +10,7 @@ from loopsway.wire.hosts import is_loopback_host
 
 from .credentials import check_certificate
 from .faults import SettingsError
+from .loading import check_engine, task_of
 from .settings import Settings
 
 
@@ -23,6 +24,7 @@ def check_settings(settings: Settings) -> list[str]:
         ValueError: something is not.
         OSError: a file can't be read.
         LookupError: an index is not there.
+        ImportError: an extra is not installed.
     """
     if not settings.indices:
         raise SettingsError("indices is empty; name at least one index to serve")
@@ -35,13 +37,19 @@ def check_settings(settings: Settings) -> list[str]:
     lines += [f"token {token.name}" for token in settings.tokens]
     names: dict[str, str] = {}
     for asked in settings.indices:
-        index = open_index(asked.path, name=asked.name)
+        check_engine(asked)
+        if asked.engine == "ray":
+            import_module("loopsway.indexer.cluster")  # says how to install what is missing
+        local = asked.engine == "local"  # else the device is the cluster's
+        index = open_index(asked.path, name=asked.name, device=asked.device if local else "cpu")
+        task = task_of(asked, index)
         if index.name in names:
             raise SettingsError(
                 f"{names[index.name]} and {asked.path} are both named {index.name}; give one another name, as NAME=PATH"
             )
         names[index.name] = asked.path
-        lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}")
+        model = "without its model" if task is None else f"task {task}"
+        lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}, {model}")
     check_aliases(settings.aliases, names)
     return lines
 
