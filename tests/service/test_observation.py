@@ -106,6 +106,7 @@ def test_the_state_is_looked_up_when_somebody_asks(observed: Served) -> None:
     assert value(found, "loopsway_model_bytes") == 2 * 4 * sum((7 * 8, 8 * 8 + 8, 8 + 8, 8 * 8 + 8, 8 * 7 + 7))
     starts = value(found, "loopsway_model_process_starts_total")
     request = pb.FindInfluencesRequest(queries=[example(QUERIES[0])])
+    assert observed.stub.FindInfluences(request).results  # from then on it is known how long one takes
     observed.gate.hold()
     running = observed.stub.FindInfluences.future(request)
     observed.gate.wait_until_entered()
@@ -114,11 +115,16 @@ def test_the_state_is_looked_up_when_somebody_asks(observed: Served) -> None:
     found = samples(observed)
     assert value(found, "loopsway_requests_admitted", index="tiny") == 2
     assert value(found, "loopsway_requests_in_flight") == 2
+    time.sleep(0.2)
+    wait_s = observed.engine.expected_wait_s
+    assert value(samples(observed), "loopsway_expected_wait_seconds", index="tiny") >= wait_s > 0
     worker = observed.server.catalog.worker
     observed.gate.open()
     assert running.result(30).results
     assert waiting.result(30).results
-    assert value(samples(observed), "loopsway_requests_admitted", index="tiny") == 0
+    found = samples(observed)
+    assert value(found, "loopsway_requests_admitted", index="tiny") == 0
+    assert value(found, "loopsway_expected_wait_seconds", index="tiny") == 0
     assert worker.num_starts == starts >= 1
 
 

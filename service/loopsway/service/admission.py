@@ -118,7 +118,7 @@ class Admission:
         Raises:
             QueueFullError: too many wait, or it would wait for too long.
         """
-        self._check(self._expected_wait_s(for_model=bool(work.get("sketch")), for_thread=not has_thread))
+        self._check(self.expected_wait_s(for_model=bool(work.get("sketch")), for_thread=not has_thread))
         place = Place(number=next(self._numbers))
         for name, num_items in work.items():
             stage = self.stages[name]
@@ -132,7 +132,8 @@ class Admission:
             for stage in list(place.stages):
                 place.passed(stage)
 
-    def _expected_wait_s(self, *, for_model: bool, for_thread: bool) -> float:
+    def expected_wait_s(self, *, for_model: bool, for_thread: bool) -> float:
+        """For how long a request that comes now is expected to wait for the model, for a thread, or for both."""
         return sum(
             stage.expected_s for name, stage in self.stages.items() if (for_model if name == "sketch" else for_thread)
         )

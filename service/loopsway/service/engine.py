@@ -77,6 +77,11 @@ class Engine:
         """Queries that wait for the model."""
         return 0 if self._model is None else self._model.num_waiting
 
+    @property
+    def expected_wait_s(self) -> float:
+        """For how long a query for the model that comes now is expected to wait."""
+        return self.admission.expected_wait_s(for_model=True, for_thread=not self._threads.has_free)
+
     async def find_influences(
         self,
         queries: Sequence[Query],

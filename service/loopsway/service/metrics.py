@@ -110,14 +110,18 @@ class _State(Collector):
     def collect(self) -> Iterator[Metric]:
         admitted = _of_index("loopsway_requests_admitted", "Requests that an index runs or lets wait.")
         waiting = _of_index("loopsway_queries_waiting", "Queries that wait for their index's model.")
+        waits = _of_index(
+            "loopsway_expected_wait_seconds", "For how long a query for the model that comes now is expected to wait."
+        )
         generations = _of_index("loopsway_index_generation", "The generation that an index answers from.")
         examples = _of_index("loopsway_index_examples", "Examples that an index answers from.")
         for name, engine in self._catalog.items():
             admitted.add_metric([name], engine.num_admitted)
             waiting.add_metric([name], engine.num_waiting)
+            waits.add_metric([name], engine.expected_wait_s)
             generations.add_metric([name], engine.index.generation)
             examples.add_metric([name], engine.index.num_examples)
-        yield from (admitted, waiting, generations, examples)
+        yield from (admitted, waiting, waits, generations, examples)
         reloads = CounterMetricFamily(
             "loopsway_reloads", "New generations, by what became of them.", labels=("index", "outcome")
         )
