@@ -76,6 +76,10 @@ def test_scores_have_their_ranks_and_add_up_over_chunks() -> None:
             influences=values,
             standard_errors=errors,
             coverage=1,
+            queries=(),
+            index="tiny",
+            generation=1,
+            fingerprint="cafe",
         )
         for step, rank in ((None, 1), (4, 11))
     ]

@@ -105,6 +105,11 @@ def test_the_first_message_alone_tells_of_the_queries(served: Served) -> None:
     assert [len(message.queries) for message in messages] == [1, 0, 0, 0]
     assert messages[0].queries[0].step_count == 3
     assert len(messages[0].queries[0].losses) == 2
+    with Client(served.target) as client:
+        chunks = list(client.score_examples([IdQuery("tiny-3")]))
+    assert [[query.num_steps for query in chunk.queries] for chunk in chunks] == [[3], [], [], []]
+    facts = {(chunk.index, chunk.generation, chunk.fingerprint) for chunk in chunks}
+    assert facts == {("tiny", 1, served.engine.index.fingerprint)}
 
 
 def test_a_reader_that_stops_leaves_the_server_well(client: Client, served: Served) -> None:
@@ -190,6 +195,8 @@ def test_sketched_queries_answer_as_the_examples_do(
     queries = [*(ExampleQuery(query) for query in QUERIES), *as_queries(sketches[:1], index)]
     sketched = client.sketch_queries(queries)
     assert {each.fingerprint for each in sketched} == {index.fingerprint}
+    summaries = [each.summary for each in sketched if each.summary is not None]
+    assert [(each.num_steps, len(each.losses)) for each in summaries] == [(3, 2)] * len(QUERIES) + [(3, 0)]
     for each, expected in zip(sketched, [*sketches, sketches[0]], strict=True):
         np.testing.assert_allclose(
             np.asarray(each.values), expected, rtol=ROUNDING, atol=ROUNDING * np.abs(expected).max()

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 from numpy.typing import ArrayLike
 
+from .results import QuerySummary
+
 
 @dataclass(frozen=True)
 class ExampleQuery:
@@ -33,10 +35,12 @@ class SketchQuery:
     Attributes:
         values: [steps, width], sent as float32.
         fingerprint: of the construction that made it; must be the index's own.
+        summary: what the server found out about the query that it made this of. None: it made it of none.
     """
 
     values: ArrayLike
     fingerprint: str
+    summary: QuerySummary | None = None
 
 
 Query: TypeAlias = ExampleQuery | IdQuery | SketchQuery

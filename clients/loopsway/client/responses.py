@@ -111,6 +111,10 @@ def score_chunk(response: pb.ScoreExamplesResponse) -> ScoreChunk:
         influences=from_tensor(response.influences, dtype="float32", shape=[count]),
         standard_errors=from_tensor(response.standard_errors, dtype="float32", shape=[count]),
         coverage=response.coverage,
+        queries=tuple(_summary(query) for query in response.queries),
+        index=response.index,
+        generation=response.generation,
+        fingerprint=response.fingerprint,
     )
 
 
@@ -130,7 +134,8 @@ def neighbors(response: pb.FindNeighborsResponse, example_ids: Sequence[str]) ->
 
 def sketch_queries(response: pb.SketchQueriesResponse) -> list[SketchQuery]:
     return [
-        SketchQuery(from_tensor(sketch.values, dtype="float32"), sketch.fingerprint) for sketch in response.sketches
+        SketchQuery(from_tensor(sketch.values, dtype="float32"), sketch.fingerprint, _summary(query))
+        for sketch, query in zip(response.sketches, response.queries, strict=True)
     ]
 
 

@@ -193,6 +193,9 @@ class ScoreChunk:
         influences: float32 [n], signed, the largest first. Read-only.
         standard_errors: float32 [n]. Read-only.
         coverage: as in `InfluenceResult`.
+        queries: one for each query, in the first chunk alone.
+        index: the name of the index that answers.
+        generation: the generation of it that answers.
     """
 
     step: int | None
@@ -201,6 +204,10 @@ class ScoreChunk:
     influences: NDArray[np.float32]
     standard_errors: NDArray[np.float32]
     coverage: float
+    queries: tuple[QuerySummary, ...]
+    index: str
+    generation: int
+    fingerprint: str
 
     @property
     def significant(self) -> NDArray[np.bool_]:
