@@ -177,7 +177,9 @@ def _draw(setting: Setting, measured: Measured) -> Figure:
         for place in range(len(measured.dims)):
             sizes, errors = ([measured.of(way, name)[place] for way in ways] for name in ("example_bytes", "error"))
             style = {"color": colour, "marker": marker, "alpha": (1 + place) / len(measured.dims)}
-            error.plot(sizes, errors, markersize=5, linewidth=1, label="" if place else label, **style)
+            error.plot(
+                sizes, errors, markersize=5, linewidth=1, label="" if place + 1 < len(measured.dims) else label, **style
+            )
     error.set(xscale="log", yscale="log")
     error.legend(frameon=False, fontsize=8)
     dress(error, "Error (darkest: the largest model)", "bytes stored of an example", "relative error")
