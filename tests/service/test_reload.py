@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shutil
@@ -21,6 +22,8 @@ from loopsway.client import Client, DeadlineError, FailedPreconditionError, NotF
 from loopsway.indexer import compact_index, delete_examples, prune_index
 from loopsway.service import Settings
 from loopsway.service.catalog import Catalog
+from loopsway.service.served import ServedIndex
+from loopsway.service.worker import ModelWorker
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from serving import QUERIES, Served, commanded, wait_for, without_model
@@ -176,6 +179,22 @@ def test_a_reload_says_why_a_generation_is_refused_and_takes_it_once_it_is_mende
         shutil.copy(own_index / "manifests" / "000002.json", own_index / "manifest.json")
         table.write_bytes(content)
         assert (client.reload_index().generation, client.get_index().refused) == (2, None)
+
+
+async def test_a_refused_generation_is_tried_once_more_however_many_ask(own_index: Path) -> None:
+    served, worker = ServedIndex(without_model(own_index), Settings()), ModelWorker(Settings(), "cpu")
+    delete_examples(own_index, ids=["tiny-3"])
+    (table,) = own_index.rglob("*deleted*.parquet")
+    content = table.read_bytes()
+    table.unlink()
+    await asyncio.gather(*(served.look(worker, again=True) for _ in range(20)))
+    assert dict(served.outcomes) == {"refused": 2}
+    await served.look(worker)
+    assert dict(served.outcomes) == {"refused": 2}, "unasked"
+    table.write_bytes(content)
+    await asyncio.gather(*(served.look(worker, again=True) for _ in range(20)))
+    assert dict(served.outcomes) == {"refused": 2, "done": 1}
+    served.engine.close()
 
 
 def test_a_reload_goes_on_when_its_caller_waits_no_longer(serve: Callable[..., Served], own_index: Path) -> None:

@@ -71,6 +71,7 @@ class ServedIndex:
         self.refused: RefusedGeneration | None = None
         self.outcomes: Counter[Outcome] = Counter()
         self._lock = asyncio.Lock()
+        self._num_begun = self._num_done = 0  # looks that were asked for; of the last that ended well, its number
 
     async def start(self, worker: ModelWorker) -> None:
         """Warms it up."""
@@ -82,22 +83,31 @@ class ServedIndex:
 
         Args:
             worker: of the models.
-            again: try one that was refused anew, too; its files may have been mended.
+            again: try one that was refused anew, too; its files may have been mended. However many ask for that while
+                one is tried, it is done once more for all of them.
 
         Raises:
             StorageError: the index's place can't be read.
         """
+        arrived = self._num_begun
         async with self._lock:
-            digest = await asyncio.to_thread(_manifest_digest, self._asked)
-            if digest == self._digest and not (again and self.refused):
+            if again and self._num_done > arrived:  # that look began after this one was asked for
                 return
-            self._digest = digest
-            try:
-                engine = await self._opened(worker)
-            except Exception as error:
-                await self._refuse(error)
-                return
-            self._take(engine)
+            self._num_begun += again
+            await self._look(worker, again)
+            self._num_done = self._num_begun if again else self._num_done
+
+    async def _look(self, worker: ModelWorker, again: bool) -> None:
+        digest = await asyncio.to_thread(_manifest_digest, self._asked)
+        if digest == self._digest and not (again and self.refused):
+            return
+        self._digest = digest
+        try:
+            engine = await self._opened(worker)
+        except Exception as error:
+            await self._refuse(error)
+            return
+        self._take(engine)
 
     def note_failure(self) -> None:
         """Counts a look that came to nothing."""
