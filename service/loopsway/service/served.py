@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from loopsway.indexer import IndexDamagedError, LoadError, StorageError
+from loopsway.indexer.memory import is_out_of_memory
 from loopsway.indexer.store.addresses import open_folder
 from loopsway.indexer.store.manifest import MANIFEST, Manifest
 
@@ -130,7 +131,7 @@ class ServedIndex:
         self.engine = engine  # the old one closes when the last request lets it go
 
     async def _refuse(self, error: Exception) -> None:
-        is_final = not isinstance(error, StorageError | UnavailableError)
+        is_final = not (isinstance(error, StorageError | UnavailableError) or is_out_of_memory(error))
         if not is_final:
             self._digest = ""
         self.outcomes["refused" if is_final else "failed"] += 1
@@ -156,7 +157,9 @@ def _reason(error: Exception) -> str:
         case StorageError():
             return "its storage does not answer; it is tried again"
         case UnavailableError():
-            return "the models' process does not answer; it is tried again"
+            return "the models' process does not answer, or memory ran out; it is tried again"
+        case _ if is_out_of_memory(error):
+            return "memory ran out; it is tried again"
         case _:
             return "it can't be opened or warmed up; the server's log says why"
 
