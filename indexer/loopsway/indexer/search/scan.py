@@ -35,6 +35,7 @@ EXTRA = 16  # rows beyond k that are scored for a first floor
 BATCH = 2048  # rows that are scored until floors rise again
 TOO_MANY = 1 / 32  # of a stretch, and more than a batch: rows that reach a floor
 GROUP = 32
+FEW = 1 << 18  # numbers or bytes, for one thread
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
 
 # Of numbers of queries, and rows int64 [n] with each: the exact scores of each, float64 [n].
@@ -110,10 +111,16 @@ def ranked(rows: np.ndarray, scores: np.ndarray) -> Answer:
     return rows[order], scores[order]
 
 
-def in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
-    """What a function that waits for no other thread gives of each item, in as many threads as torch has."""
+def in_threads(function: Callable[[_T], _R], items: Iterable[_T], *, size: int = FEW) -> list[_R]:
+    """What a function that waits for no other thread gives of each item, in as many threads as torch has.
+
+    Args:
+        function: what to do.
+        items: with what.
+        size: numbers, or bytes of codes, that it reads in all: few are read sooner than another thread is woken.
+    """
     items, count = list(items), torch.get_num_threads()
-    if len(items) == 1 or count == 1:
+    if len(items) == 1 or count == 1 or size < FEW:
         return [function(item) for item in items]
     results: list[Any] = [None] * len(items)
 
@@ -164,7 +171,8 @@ def _taken(
     }
     waiting, scores = list[_Best](), list[np.ndarray | None]([None] * len(best))
     while taking:  # rows of all queries are scored together
-        wanted = in_threads(lambda each: _next(each[0], each[1]), zip(taking.values(), scores, strict=True))
+        each_next = zip(taking.values(), scores, strict=True)
+        wanted = in_threads(lambda each: _next(each[0], each[1]), each_next, size=estimates.size)
         waiting += [each for each, rows in zip(taking, wanted, strict=True) if rows is None]
         asked = [(each, rows) for each, rows in zip(taking, wanted, strict=True) if rows is not None and len(rows)]
         taking = {each: taking[each] for each, _ in asked}

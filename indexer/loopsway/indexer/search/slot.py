@@ -171,7 +171,8 @@ class Slot:
                 ends = np.flatnonzero(np.diff(whose[part])) + 1
                 own = zip(np.split(rows[part], ends), np.split(codes, ends), strict=True)
                 numbers = whose[part][np.r_[0, ends]].tolist()
-                found = in_threads(scores, [(asked[place][0], *each) for place, each in zip(numbers, own, strict=True)])
+                scored = [(asked[place][0], *each) for place, each in zip(numbers, own, strict=True)]
+                found = in_threads(scores, scored, size=codes.nbytes)
                 for place, each in zip(numbers, found, strict=True):
                     parts[place].append(each)
             return [np.concatenate([np.empty(0), *each]) for each in parts]
