@@ -7,16 +7,20 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
 from loopsway.client import AsyncClient, Client, ExampleQuery, IdQuery, SketchQuery, UnavailableError
-from loopsway.client.load import Load, Measurement, Requests, load_request
+from loopsway.client.load import OK, Load, Measurement, Requests, load_request
 from loopsway.indexer import Index
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
 from serving import QUERIES, TASK_SPEC, Gate, Served, commanded, wait_for
 
 EXAMPLES: Requests = {
@@ -139,3 +143,20 @@ def held_by(pid: int) -> dict[str, Any]:
         "threads": len(os.listdir(f"/proc/{pid}/task")),
         "anonymous_kib": int(status.partition("RssAnon:")[2].split()[0]),
     }
+
+
+async def test_of_a_burst_of_callers_each_is_answered_or_told_to_come_back(serve: Callable[..., Served]) -> None:
+    """More than gRPC lets wait by itself, which would cancel some."""
+    served = serve(max_waiting=2)
+    async with grpc.aio.insecure_channel(served.target) as channel:
+        stub = AttributionStub(channel)
+
+        async def ask() -> str:
+            try:
+                await stub.FindInfluences(EXAMPLES["example"][0], timeout=60)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+            return OK
+
+        codes = Counter(await asyncio.gather(*(ask() for _ in range(1500))))
+    assert set(codes) == {OK, "RESOURCE_EXHAUSTED"}

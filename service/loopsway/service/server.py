@@ -35,6 +35,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .tracing import Tracing
 
+BURST = 10_000  # requests that may come before the first of them is read
 SERVICE = pb.DESCRIPTOR.services_by_name["Attribution"].full_name
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ class Server:
                 ("grpc.max_send_message_length", settings.max_message_bytes),
                 # Two servers that share a port would each answer some of the requests.
                 ("grpc.so_reuseport", 0),
+                # Of more that came at once gRPC itself cancels some, before anybody could say when to come back.
+                ("grpc.server.max_pending_requests", BURST),
+                ("grpc.server.max_pending_requests_hard_limit", 2 * BURST),
             ],
         )
         add_AttributionServicer_to_server(Servicer(self.catalog, settings), self._grpc)
