@@ -228,58 +228,30 @@ def _table(setting: Setting, source: str, trained: Sequence[Trained]) -> pa.Tabl
 
 def _claims(setting: Setting, trained: Sequence[Trained]) -> list[Claim]:
     silent = sorted({(model.horizon, *model.silent) for model in trained if model.silent})
-    by_horizon = {horizon: [model for model in trained if model.horizon == horizon] for horizon in setting.horizons}
 
-    def each(say: Callable[[Trained], str]) -> str:
-        """For each horizon, what is to say of each seed's model."""
-        return "; ".join(
-            f"{horizon}: {', '.join(say(model) for model in models)}" for horizon, models in by_horizon.items()
-        )
+    def seen(claim: str, say: Callable[[Trained], str]) -> Claim:
+        """What is to say of each seed's model, by horizon."""
+        found = [
+            f"{horizon}: {', '.join(say(model) for model in trained if model.horizon == horizon)}"
+            for horizon in setting.horizons
+        ]
+        return Claim(claim=claim, paper=UNCHECKED, seen="; ".join(found), agrees=None)
 
     return [
         adds_up(max(model.difference for model in trained)),
         Claim(
             claim="backpropagation goes through the whole loop",
             paper=UNCHECKED,
-            seen=f"loops without a gradient, by horizon: {silent}" if silent else "every loop has a gradient",
+            seen=f"horizons and their loops without a gradient: {silent}" if silent else "every loop has a gradient",
             agrees=False if silent else None,
         ),
-        Claim(
-            claim="the first loop's signed share (a number for each seed, by horizon)",
-            paper=UNCHECKED,
-            seen=each(lambda model: _percent(model.signed, 0)),
-            agrees=None,
-        ),
-        Claim(
-            claim="the last loop's signed share",
-            paper=UNCHECKED,
-            seen=each(lambda model: _percent(model.signed, -1)),
-            agrees=None,
-        ),
-        Claim(
-            claim="the loop of the largest signed share",
-            paper=UNCHECKED,
-            seen=each(lambda model: str(int(model.signed.mean.argmax()) + 1)),
-            agrees=None,
-        ),
-        Claim(
-            claim="loops whose signed share is above zero, with its interval; below; neither",
-            paper=UNCHECKED,
-            seen=each(lambda model: "{} / {} / {}".format(*_signs(model.signed))),
-            agrees=None,
-        ),
-        Claim(
-            claim="what is left of the energy when signs cancel: the signed shares' sum over loops",
-            paper=UNCHECKED,
-            seen=each(lambda model: f"{model.signed.mean.sum():+.0%}"),
-            agrees=None,
-        ),
-        Claim(
-            claim="longer loops predict held-out texts better (loss after training, nats a byte)",
-            paper=UNCHECKED,
-            seen=each(lambda model: f"{model.loss:.3f}"),
-            agrees=None,
-        ),
+        seen("the first loop's signed share, for each seed, by horizon", lambda model: _percent(model.signed, 0)),
+        seen("the last loop's signed share", lambda model: _percent(model.signed, -1)),
+        seen("the loops of the largest and the smallest signed share", lambda model: _extremes(model.signed)),
+        seen("loops whose signed share's interval is above zero, and below", lambda model: _signs(model.signed)),
+        seen("signed share left of the energy when signs cancel, over all loops, in the first, and in the last", _left),
+        seen("the loops of the largest and the smallest energy share", lambda model: _extremes(model.energy)),
+        seen("more loops predict held-out texts better: loss, nats a byte", lambda model: f"{model.loss:.3f}"),
     ]
 
 
@@ -287,29 +259,37 @@ def _percent(curve: Curve, loop: int) -> str:
     return f"{curve.mean[loop]:+.1%} ({curve.low[loop]:+.1%} to {curve.high[loop]:+.1%})"
 
 
-def _signs(curve: Curve) -> tuple[int, int, int]:
-    above, below = int((curve.low > 0).sum()), int((curve.high < 0).sum())
-    return above, below, len(curve.mean) - above - below
+def _extremes(curve: Curve) -> str:
+    return f"{curve.mean.argmax() + 1} and {curve.mean.argmin() + 1}"
+
+
+def _signs(curve: Curve) -> str:
+    return f"{(curve.low > 0).sum()} and {(curve.high < 0).sum()}"
+
+
+def _left(model: Trained) -> str:
+    first, last = (model.signed.mean[loop] / model.energy.mean[loop] for loop in (0, -1))
+    return f"{model.signed.mean.sum():.0%}, {first:.0%} and {last:.0%}"
 
 
 def _draw(setting: Setting, source: str, trained: Sequence[Trained]) -> Figure:
     count = len(setting.horizons)
-    figure: Any = Figure(figsize=(2.9 * count, 3.4), layout="constrained")
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    figure: Any = Figure(figsize=(3 * count, 3.4), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
     for axes, horizon in zip(panels, setting.horizons, strict=True):
         models = [model for model in trained if model.horizon == horizon]
         loops = np.arange(1, horizon + 1)
         axes.axhline(0, color=GREY, linewidth=0.8)
         for model, colour in zip(models, COLOURS, strict=False):
-            signed = model.signed
-            axes.fill_between(loops, signed.low, signed.high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(loops, signed.mean, color=colour, marker="o", markersize=3, label=f"seed {model.seed}")
-        energy = np.mean([model.energy.mean for model in models], axis=0)
-        axes.plot(loops, energy, color=GREY, linestyle="--", linewidth=1, label="energy share")
+            mean, low, high = (100 * each for each in (model.signed.mean, model.signed.low, model.signed.high))
+            axes.fill_between(loops, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(loops, mean, color=colour, marker="o", markersize=3, label=f"signed, seed {model.seed}")
+        energy = 100 * np.mean([model.energy.mean for model in models], axis=0)
+        axes.plot(loops, energy, color=GREY, linestyle="--", linewidth=1, label="energy, mean of seeds")
+        axes.set_xticks(loops[:: max(1, horizon // 8)])
         dress(axes, f"{horizon} loop{'s' * (horizon > 1)}", "loop", "")
-    panels[0].set_ylabel("signed SDI share of the loop")
-    panels[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        f"{source}: mean over {setting.num_queries} held-out texts ({LEVEL:.0%} band)", x=0.01, ha="left", fontsize=10
-    )
+    panels[0].set_ylabel("SDI share of the loop, %")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    title = f"{source}: mean over {setting.num_queries} held-out texts, {LEVEL:.0%} bands; each panel has its own scale"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
