@@ -232,7 +232,7 @@ def _claims(setting: Setting, trained: Sequence[Trained]) -> list[Claim]:
     def seen(claim: str, say: Callable[[Trained], str]) -> Claim:
         """What is to say of each seed's model, by horizon."""
         found = [
-            f"{horizon}: {', '.join(say(model) for model in trained if model.horizon == horizon)}"
+            f"{horizon}: {' / '.join(say(model) for model in trained if model.horizon == horizon)}"
             for horizon in setting.horizons
         ]
         return Claim(claim=claim, paper=UNCHECKED, seen="; ".join(found), agrees=None)
