@@ -35,7 +35,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .tracing import Tracing
 
-BURST = 10_000  # requests that may come before the first of them is read
+BURST = 2_000  # requests that may come before the first of them is read: some seconds of refusals
 SERVICE = pb.DESCRIPTOR.services_by_name["Attribution"].full_name
 
 _log = logging.getLogger(__name__)
