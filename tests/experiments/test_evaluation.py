@@ -30,8 +30,9 @@ from loopsway.experiments.evaluation.predictions import (
 from loopsway.experiments.evaluation.predictors import predict
 from loopsway.experiments.evaluation.retraining import KeptRetraining
 from loopsway.experiments.evaluation.subjects import SUBJECTS, make_subject
-from loopsway.experiments.evaluation.text import DATA_VARIABLE, TextSubject
+from loopsway.experiments.evaluation.text import TextSubject
 from loopsway.experiments.evaluation.training import query_losses, train, train_with_checkpoints
+from loopsway.experiments.texts import DATA_VARIABLE
 
 SMALL_RUN = ["--tiny", "--subsets", "4", "--seeds", "2", "--removals", "1"]
 

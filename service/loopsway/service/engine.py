@@ -27,7 +27,7 @@ from .errors import InvalidFieldError, PreconditionError, UnavailableError, Unkn
 from .memory import enough_memory
 from .model import ModelQuery, QueryModel
 from .queries import Query, ResolvedQuery, SketchQuery
-from .search_threads import SearchThreads, Work
+from .search_threads import GoOn, SearchThreads, Work
 from .settings import Settings
 from .worker import ModelWorker
 
@@ -126,7 +126,7 @@ class Engine:
                 field="include_trajectories",
             )
 
-        def measure(go_on: questions.GoOn) -> list[Curves]:
+        def measure(go_on: GoOn) -> list[Curves]:
             return [questions.curves(self.index, *each, resolve, go_on) for each in zip(answers, slots, strict=True)]
 
         return [replace(answer, curves=each) for answer, each in zip(answers, await self._ask(measure), strict=True)]
