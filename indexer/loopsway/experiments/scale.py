@@ -13,12 +13,12 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from loopsway.indexer.progress import BuildProgress
+from loopsway.tasks.threads import one_thread
 
 from .findings import BLUE, GREEN, GREY, ORANGE, PURPLE, UNCHECKED, Claim, Findings, dress
 from .reference import DEFAULT_PROJECTION
 from .scale_rows import EXACT, OURS, PLAIN, THEIRS, Row, Setting, measured_rows
 from .texts import texts_at_hand
-from .timing import one_thread
 from .ways import Way
 
 NUM_TEXTS = 256

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +34,3 @@ def median_seconds(
             if turn:
                 durations[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in durations.items()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Of torch: on a machine with other work, small operations on more take many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from .parity_model import ParityTransformer
 from .parity_strings import MIN_LENGTH, encode, held_out_strings, labels, training_strings
 from .saved_run import CheckpointWriter, SavedRun
+from .threads import one_thread
 
 __all__ = ["Recipe", "TrainReport", "TrainingFailedError", "accuracy", "is_trained", "train"]
 
@@ -135,7 +136,7 @@ def train(
         TrainingFailedError: none of the seeds did; the folder then holds no finished run.
     """
     recipe, start, reached = recipe or Recipe(), time.perf_counter(), []
-    with _one_thread(), _display(recipe, progress) as show:
+    with one_thread(), _display(recipe, progress) as show:
         for candidate in range(seed, seed + attempts):
             training = _Training(recipe, candidate, CheckpointWriter(run))
             while training.wants_another_step():
@@ -277,17 +278,6 @@ def _weights(strings: list[str]) -> torch.Tensor:
 def accuracy(model: ParityTransformer, strings: list[str], num_loops: int | None = None) -> float:
     """The share of the strings whose parity the model tells, with as many loops as it was trained with or others."""
     return (model(encode(strings), num_loops).argmax(1) == labels(strings)).float().mean().item()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """On tensors this small a second thread gains little, and on a busy machine the two wait tenfold for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

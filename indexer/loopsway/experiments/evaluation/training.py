@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from loopsway.indexer import Checkpoint, Loop, Task
 from loopsway.indexer.sketches.features import to_device
+from loopsway.indexer.store.files import write_whole
+from loopsway.tasks.threads import one_thread
 
-from ..timing import one_thread
 from .subject import Course, Subject
 
 BETAS, CLIP_NORM = (0.9, 0.98), 1.0
@@ -106,7 +107,7 @@ def train_with_checkpoints(
 
     model = train(subject, rows, np.ones(len(rows), bool), seed, keep, device)
     record = {"subject": facts, "query_losses": query_losses(subject, model).tolist()}
-    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    write_whole(folder / RECORD, json.dumps(record).encode())
     return task
 
 

@@ -163,9 +163,8 @@ def _is_paired(levels: np.ndarray) -> bool:
 def _dots(levels: np.ndarray, kind: Literal["int8", "float16", "float32"]) -> Products:
     """Of values [n, W] of this type."""
     if _is_paired(levels):
-        other = (
-            np.float64 if kind == "float16" else np.float32
-        )  # of int32, float32, float64, its own, `cdist` would pack
+        # Of int32, float32 and float64, the products' own type, `cdist` would pack.
+        other = np.float64 if kind == "float16" else np.float32
 
         def paired(values: np.ndarray) -> np.ndarray:
             products = np.empty((len(values), len(levels)), other)

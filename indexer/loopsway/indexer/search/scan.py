@@ -157,13 +157,11 @@ def _taken(
     start, stop = rows.blocks[blocks[0]].start, rows.blocks[blocks[-1]].stop
     estimates = np.empty((len(best), stop - start), np.float32)
 
-    def fill(share: Sequence[int]) -> None:
-        for block in share:
-            own = rows.blocks[block]
-            _estimate(coded, rows, block, estimates[:, own.start - start : own.stop - start])
+    def fill(block: int) -> None:
+        own = rows.blocks[block]
+        _estimate(coded, rows, block, estimates[:, own.start - start : own.stop - start])
 
-    shares = np.array_split(np.array(blocks), min(torch.get_num_threads(), len(blocks)))
-    in_threads(fill, [share.tolist() for share in shares])
+    in_threads(fill, blocks)
     lengths = rows.factors[start:stop] * np.float32(rows.longest)
     taking = {
         each: each.take(start, own, lengths, slack, most)
