@@ -65,6 +65,13 @@ class Gate:
     def open(self) -> None:
         (self.folder / "held").unlink(missing_ok=True)
 
+    def hold_loading(self) -> None:
+        """Holds the model when its next checkpoint is loaded."""
+        (self.folder / "loading_held").touch()
+
+    def open_loading(self) -> None:
+        (self.folder / "loading_held").unlink(missing_ok=True)
+
     def suffice_for(self, largest: int) -> None:
         """Memory suffices for batches of so many examples, and no more."""
         (self.folder / "largest").write_text(str(largest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
+import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,9 +25,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loopsway.service import Settings, create_server
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, TASK_SPEC, Served, without_model
+from loopsway.v1.tensors import to_tensor
+from serving import QUERIES, TASK_SPEC, Gate, Served, asked_for, without_model
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 # What `loopsway serve` does.
 CHILD = """
@@ -46,6 +50,49 @@ def test_health_is_serving_for_the_server_the_service_and_each_index(served: Ser
     with pytest.raises(grpc.RpcError) as caught:
         stub.Check(health_pb2.HealthCheckRequest(service="other"))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_index_is_not_serving_until_it_is_warm_and_tells_examples_to_come_back(
+    index_path: Path, sketches: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate(tmp_path)
+    indices = (without_model(index_path).model_copy(update={"name": "first"}), asked_for(index_path, gate))
+    gate.hold_loading()
+    server, port = create_server(Settings(indices=indices, port=0, grace_s=0))
+    starting = asyncio.create_task(server.start())
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            stub: Any = AttributionStub(channel)
+
+            async def states() -> list[Any]:
+                """Of the server, the service and each index."""
+                asked = [health_pb2.HealthCheckRequest(service=name) for name in server.health_names]
+                return [(await health.Check(each, wait_for_ready=True)).status for each in asked]
+
+            def ask(query: pb.Query) -> Any:
+                return stub.FindInfluences(pb.FindInfluencesRequest(index="tiny", queries=[query]))
+
+            async for status in health.Watch(health_pb2.HealthCheckRequest(service="first"), wait_for_ready=True):
+                if status.status == SERVING:
+                    break
+            assert server.health_names == ("", "loopsway.v1.Attribution", "first", "tiny")
+            assert await states() == [NOT_SERVING, NOT_SERVING, SERVING, NOT_SERVING]
+            for query in (pb.Query(example_json=json.dumps(QUERIES[0])), pb.Query(example_id="tiny-3")):
+                with pytest.raises(grpc.aio.AioRpcError, match="index tiny is being warmed up") as caught:
+                    await ask(query)
+                assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            sketch = pb.Sketch(values=to_tensor(sketches[0]), fingerprint=server.catalog["tiny"].index.fingerprint)
+            assert (await ask(pb.Query(sketch=sketch))).results
+            assert not starting.done()
+            gate.open_loading()
+            await starting
+            assert await states() == [SERVING] * 4
+            assert (await ask(pb.Query(example_json=json.dumps(QUERIES[0])))).results
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    finally:
+        gate.open_loading()
+        await server.stop()
 
 
 def test_reflection_lists_the_service_and_gives_its_proto(served: Served) -> None:

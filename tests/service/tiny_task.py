@@ -42,7 +42,7 @@ class TinyTask(Task):
         learning_rate: of the first checkpoint; another one makes other sketches.
         gate: a folder. Each call of the model adds a byte to its file `calls`, makes `entered`, and ends when there is
             no `held`; the file `largest` has the largest batch that memory suffices for. Each time a checkpoint is
-            loaded adds a byte to `loads`.
+            loaded adds a byte to `loads`, and ends when there is no `loading_held`.
     """
 
     loop = Loop(body=["block"])
@@ -62,6 +62,7 @@ class TinyTask(Task):
     def model(self, checkpoint: Checkpoint) -> nn.Module:
         if self._gate is not None:
             _count(self._gate / "loads")
+            _wait_while(self._gate / "loading_held")
         torch.manual_seed(len(checkpoint.name))
         return Looped().eval()
 
@@ -84,8 +85,7 @@ class TinyTask(Task):
     def _pass(self, gate: Path, batch: int) -> None:
         _count(gate / "calls")
         (gate / "entered").touch()
-        while (gate / "held").exists():
-            time.sleep(0.002)
+        _wait_while(gate / "held")
         largest = gate / "largest"
         if largest.exists() and batch > int(largest.read_text()):
             raise torch.OutOfMemoryError(f"no memory for {batch} examples")
@@ -107,6 +107,11 @@ class TinyTask(Task):
 
     def describe(self, row: int) -> str:
         return " ".join(map(str, self._tokens[row]))
+
+
+def _wait_while(file: Path) -> None:
+    while file.exists():
+        time.sleep(0.002)
 
 
 def _count(file: Path) -> None:

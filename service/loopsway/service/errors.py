@@ -89,7 +89,8 @@ def in_field(outer: str) -> Iterator[None]:
 
 
 class UnavailableError(RequestError, RuntimeError):
-    """The model's process died under the request, or has too little memory for it now; or shards did not answer.
+    """The model is not loaded yet, its process died under the request or has too little memory for it now; or shards
+    did not answer.
 
     Attributes:
         retry_after_s: when to ask again.

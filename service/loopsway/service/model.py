@@ -98,7 +98,7 @@ class QueryModel:
             InvalidFieldError: a query is none that the task can read or run.
             UnknownNameError: an id is not in the index.
             PreconditionError: the task can't answer this kind of query.
-            UnavailableError: the model's process died, or has no memory for the query.
+            UnavailableError: the models are not loaded yet, their process died, or has no memory for the query.
         """
         found = await self._run([self._item(query) for query in queries])
         return [self._checked(each, query.field) for each, query in zip(found, queries, strict=True)]
@@ -109,7 +109,12 @@ class QueryModel:
             self._forget()
 
     async def _run(self, items: Sequence[Message]) -> list[Answer | BaseException]:
-        assert self._batches is not None, "load comes first"
+        if self._batches is None:  # the server listens before its models are loaded
+            raise UnavailableError(
+                f"index {self._index.name} is being warmed up and takes no examples yet; it answers sketches, and says "
+                "SERVING by gRPC's health protocol once it is ready",
+                retry_after_s=self._settings.retry_after_s,
+            )
         with part("queue") as passage:  # for a batch
             return await self._batches.run([(item, passage) for item in items])
 
