@@ -68,7 +68,10 @@ def test_errors_survive_pickling_as_between_processes() -> None:
 
 
 def test_loopback_never_goes_through_a_proxy() -> None:
-    for target, is_loopback in (("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("host:1", False)):
+    both = "ipv4:127.0.0.1:1,127.0.0.2:1"
+    there = ("127.0.0.1:1", "localhost:1", "[::1]:1", both)
+    away = ("host:1", f"{both},192.0.2.7:1", "ipv4:192.0.2.7:1,127.0.0.1:1")
+    for target, is_loopback in [*((each, True) for each in there), *((each, False) for each in away)]:
         assert (("grpc.enable_http_proxy", 0) in channel_options(target, 1)) == is_loopback
 
 

@@ -87,6 +87,9 @@ def test_the_manifest_runs_as_nobody_and_fits_the_settings() -> None:
     assert pod["securityContext"]["runAsNonRoot"]
     assert not pod["enableServiceLinks"], "LOOPSWAY_PORT would be no port"
     assert container["securityContext"]["readOnlyRootFilesystem"]
+    leaving = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert leaving > 0, "a server that ends refuses calls that still come"
+    assert pod["terminationGracePeriodSeconds"] > leaving + Settings().grace_s
     config = container["args"][2]
     assert {Path(config).parent.as_posix(), "/data"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}

@@ -50,6 +50,7 @@ def test_a_list_in_a_variable_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
         ("[[indices]]\ntask = 'y'", r"indices\[0\].path: missing"),
         ("port = 70000", "port is 70000, expected less than or equal to 65535"),
         ("max_k = 'many'", "max_k is 'many', expected a valid integer"),
+        ("max_connection_age_s = inf", "max_connection_age_s is inf, expected less than or equal to 2000000"),
         ("grace_s = nan", "grace_s is nan, expected a finite number"),
         ("port =", "is not TOML"),
     ],

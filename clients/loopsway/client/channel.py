@@ -1,4 +1,4 @@
-"""How the clients connect: retries, message sizes and proxies, as gRPC channel options; when they ask again; ids."""
+"""How the clients connect: replicas, retries, message sizes and proxies, as gRPC channel options; patience; ids."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 # one, may be sent again; gRPC itself gives CANCELLED to one that comes by a connection which the server took in the
 # moment that it stopped. A full queue (RESOURCE_EXHAUSTED) is waited for as long as the server says, and not by gRPC,
 # which would come back too soon.
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": SERVICE}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-            },
-        }
-    ]
+_METHOD_CONFIG = {
+    "name": [{"service": SERVICE}],
+    "retryPolicy": {
+        "maxAttempts": 4,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+    },
 }
+# gRPC's default asks the first address of the target alone, whatever there is beside it.
+_LOAD_BALANCING: list[dict[str, dict[str, str]]] = [{"round_robin": {}}]
 
 
 def channel_options(target: str, max_message_bytes: int, *, retries: bool = True) -> list[tuple[str, str | int]]:
-    """The options of a channel to `target` that accepts responses of up to `max_message_bytes`."""
+    """The options of a channel that asks all addresses of `target` and takes responses of up to `max_message_bytes`."""
+    config = {"loadBalancingConfig": _LOAD_BALANCING, "methodConfig": [_METHOD_CONFIG] if retries else []}
     options: list[tuple[str, str | int]] = [
-        *([("grpc.service_config", json.dumps(_SERVICE_CONFIG))] if retries else []),
+        ("grpc.service_config", json.dumps(config)),
         ("grpc.enable_retries", int(retries)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),

@@ -58,7 +58,8 @@ class Client:
         """Makes the client; it connects with its first call.
 
         Args:
-            target: the server, as host:port.
+            target: the server, as host:port. Where the host has several addresses, calls go to each in turn, and past
+                those that don't answer.
             token: the caller's, where the server wants one. Goes over TLS, or to this machine.
             tls: None: plaintext.
             timeout_s: the deadline of each call that names none, retries included.

@@ -62,5 +62,6 @@ def is_loopback(target: str) -> bool:
     """Whether the target, as gRPC reads it, can be nothing but this machine."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
-    host = target.removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].removeprefix("[").removesuffix("]")
-    return is_loopback_host(host)
+    addresses = target.removeprefix("ipv4:").removeprefix("ipv6:").split(",")
+    hosts = (each.rpartition(":")[0].removeprefix("[").removesuffix("]") for each in addresses)
+    return all(is_loopback_host(host) for host in hosts)

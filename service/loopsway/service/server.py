@@ -67,6 +67,8 @@ class Server:
                 ("grpc.max_send_message_length", settings.max_message_bytes),
                 # Two servers that share a port would each answer some of the requests.
                 ("grpc.so_reuseport", 0),
+                # gRPC sets no end to what runs on such a connection, so that no stream is cut.
+                ("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)),
                 # Of more that came at once gRPC itself cancels some, before anybody could say when to come back.
                 ("grpc.server.max_pending_requests", BURST),
                 ("grpc.server.max_pending_requests_hard_limit", 2 * BURST),
