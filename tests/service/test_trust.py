@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,8 +22,10 @@ from loopsway.client import (
     AuthenticationError,
     Client,
     ExampleQuery,
+    InfluenceResult,
     OverloadedError,
     PermissionDeniedError,
+    SketchQuery,
     Tls,
     UnavailableError,
 )
@@ -144,6 +148,42 @@ def test_too_many_requests_with_a_token_are_refused_with_when_to_come_back(guard
     with Client(guarded.target, token=SLOW) as client:
         client.get_index()
     assert time.monotonic() - start > 0.2, "the client waits for as long as the server says"
+
+
+def test_each_batch_of_a_stream_counts_for_the_rate_and_waits_for_it(serve: Callable[..., Served]) -> None:
+    token = new_token()
+    settings = TokenSettings(name="some", sha256=digest(token), read=("*",), requests_per_second=4, burst=2)
+    served = serve(model=False, tokens=(settings,))
+    sketch = SketchQuery(np.ones((3, 256), np.float32), served.engine.index.fingerprint)
+    with Client(served.target, token=token) as client:
+        start = time.monotonic()
+        answers = list(client.stream_influences([sketch] * 7, batch=1))
+        seconds = time.monotonic() - start
+    assert [type(answer) for answer in answers] == [InfluenceResult] * 7
+    assert seconds > 1.4, "the stream and 7 batches; 2 at once and 4 a second are 1.5 s"
+
+
+def test_one_token_has_at_most_half_of_the_places_of_streams(serve: Callable[..., Served]) -> None:
+    served, ended = serve(model=False, tokens=TOKENS, max_streams=5), threading.Event()
+
+    def waiting() -> Iterator[pb.StreamInfluencesRequest]:
+        yield pb.StreamInfluencesRequest(tag="first")
+        ended.wait(60)
+
+    def opened(token: str) -> Any:
+        call = served.stub.StreamInfluences(waiting(), metadata=(("authorization", f"Bearer {token}"),))
+        assert next(call).tag == "first"
+        return call
+
+    calls = [opened(READER) for _ in range(2)]
+    with pytest.raises(grpc.RpcError) as caught:
+        opened(READER)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.details() == "token reader has 2 streams open, as many as one token may have"
+    calls += [opened(ADMIN) for _ in range(2)]
+    ended.set()
+    assert [list(call) for call in calls] == [[]] * 4
+    assert list(opened(READER)) == []
 
 
 def test_health_is_open_and_reflection_wants_a_token(guarded: Served) -> None:

@@ -53,13 +53,13 @@ class Authentication(grpc.aio.ServerInterceptor):
         if scope == "open":
             return await continuation(handler_call_details)
         try:
-            token = self._tokens.admit(_bearer(details.invocation_metadata))
+            bucket = self._tokens.admit(_bearer(details.invocation_metadata))
             if scope is None:
                 raise ForbiddenError("this server has no scope for the method, and lets nobody call it")
         except RequestError as error:
             return _refusing(error)
-        CALLER.set(Caller(token=token, scope=scope))  # the handler runs in this same task
-        note(token=token.name)
+        CALLER.set(Caller(bucket=bucket, scope=scope))  # the handler runs in this same task
+        note(token=bucket.token.name)
         return await continuation(handler_call_details)
 
 

@@ -29,7 +29,7 @@ from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
 from .settings import Settings
 from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
-from .tokens import allowed, check_allowed
+from .tokens import allowed, check_allowed, rate_allows
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response", bound=Message)
@@ -161,6 +161,7 @@ class Servicer(AttributionServicer):
 
     async def _batch_answer(self, batch: pb.StreamInfluencesRequest) -> pb.StreamInfluencesResponse:
         """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
+        await rate_allows()
         while True:
             try:
                 check_limits(batch, self._settings)

@@ -6,23 +6,28 @@ A stream that is cut, or whose client does nothing, leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from .errors import QueueFullError, StalledError
 from .settings import Settings
+from .tokens import CALLER
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
 
 class StreamPlaces:
-    """The streams that a server has open. Use it within one event loop."""
+    """The streams that a server has open. Use it within one event loop.
+
+    Where there are tokens, one may have half of the places, so that it never keeps all others out.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.num_open = 0
+        self._open = Counter[str]()  # by the names of tokens; "" without
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -31,16 +36,20 @@ class StreamPlaces:
         Raises:
             QueueFullError: there is none.
         """
-        if self.num_open >= self._settings.max_streams:
-            raise QueueFullError(
-                f"the server has {self.num_open} streams open, as many as it admits",
-                retry_after_s=self._settings.retry_after_s,
-            )
-        self.num_open += 1
+        caller, most = CALLER.get(), self._settings.max_streams
+        name = "" if caller is None else caller.token.name
+        if self._open.total() >= most:
+            self._refuse(f"the server has {most} streams open, as many as it admits")
+        if name and self._open[name] >= max(1, most // 2):
+            self._refuse(f"token {name} has {self._open[name]} streams open, as many as one token may have")
+        self._open[name] += 1
         try:
             yield
         finally:
-            self.num_open -= 1
+            self._open[name] -= 1
+
+    def _refuse(self, text: str) -> NoReturn:
+        raise QueueFullError(text, retry_after_s=self._settings.retry_after_s)
 
 
 async def in_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -25,12 +26,16 @@ class Caller:
     """Whoever makes the present request.
 
     Attributes:
-        token: that came with it.
+        bucket: of the token that came with it.
         scope: that the method asked for needs.
     """
 
-    token: TokenSettings
+    bucket: Bucket
     scope: Scope
+
+    @property
+    def token(self) -> TokenSettings:
+        return self.bucket.token
 
     @property
     def indices(self) -> tuple[str, ...]:
@@ -64,6 +69,13 @@ def check_allowed(index: str) -> None:
     raise ForbiddenError(f"token {caller.token.name} has no scope {caller.scope!r} for {of}", field="index")
 
 
+async def rate_allows() -> None:
+    """Waits until the caller's rate allows one request more, and counts it."""
+    caller = CALLER.get()
+    if caller is not None:
+        await caller.bucket.take_in_turn()
+
+
 def new_token() -> str:
     """A token that nobody can guess."""
     return f"lw_{secrets.token_urlsafe(32)}"
@@ -79,10 +91,10 @@ class Tokens:
 
     def __init__(self, tokens: Sequence[TokenSettings]) -> None:
         self._tokens = tuple(tokens)
-        self._buckets = {token.name: _Bucket(token) for token in tokens}
+        self._buckets = {token.name: Bucket(token) for token in tokens}
 
-    def admit(self, token: str | None) -> TokenSettings:
-        """The known token that this is; counts as one request of its rate.
+    def admit(self, token: str | None) -> Bucket:
+        """The bucket of the known token that this is, which counts one request.
 
         Raises:
             UnknownCallerError: it is none. The text never holds it.
@@ -98,18 +110,34 @@ class Tokens:
         found = [known for known in self._tokens if hmac.compare_digest(known.sha256, given)]
         if not found:
             raise UnknownCallerError("this server does not know the token; ask whoever runs it for one")
-        self._buckets[found[0].name].take()
-        return found[0]
+        bucket = self._buckets[found[0].name]
+        bucket.take()
+        return bucket
 
 
-class _Bucket:
-    """Fills up with requests that may be made, to `burst` at most."""
+class Bucket:
+    """Fills up with requests that may be made with a token, to its `burst` at most. Use it within one event loop."""
 
     def __init__(self, token: TokenSettings) -> None:
-        self._token, self._filled, self._time = token, float(token.burst), time.monotonic()
+        self.token, self._filled, self._time = token, float(token.burst), time.monotonic()
+        self._turn = asyncio.Lock()
+
+    async def take_in_turn(self) -> None:
+        """Takes one as soon as there is one: those who wait, in the order in which they came."""
+        async with self._turn:
+            while True:
+                try:
+                    return self.take()
+                except RateError as error:
+                    await asyncio.sleep(error.retry_after_s)
 
     def take(self) -> None:
-        rate, burst = self._token.requests_per_second, self._token.burst
+        """Takes one.
+
+        Raises:
+            RateError: there is none.
+        """
+        rate, burst = self.token.requests_per_second, self.token.burst
         if rate is None:
             return
         now = time.monotonic()
@@ -117,7 +145,7 @@ class _Bucket:
         self._time = now
         if self._filled < 1:
             raise RateError(
-                f"token {self._token.name} allows {rate:g} requests a second, {burst} at once",
+                f"token {self.token.name} allows {rate:g} requests a second, {burst} at once",
                 retry_after_s=(1 - self._filled) / rate,
             )
         self._filled -= 1
