@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ from loopsway.client import Client, ExampleQuery, UnavailableError
 from loopsway.indexer import Checkpoint, Index, load_task
 from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
 from loopsway.indexer.sketches.weights import size_of
+from loopsway.service import stretches
 from loopsway.service.frames import encoded
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
@@ -112,6 +114,28 @@ def test_a_search_without_memory_is_unavailable_and_the_next_one_is_answered(
         assert "GiB" not in error.details()
         assert retry_after_s(error) == 2.5
         assert ask() == answer
+
+
+def test_a_stream_of_scores_for_which_memory_runs_out_is_unavailable(
+    serve: Callable[..., Served], index: Index, sketches: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, made = serve(model=False, retry_after_s=2.5), count()
+
+    def scant(**fields: Any) -> stretches.Stretch:
+        if next(made) == 2:
+            raise MemoryError("Unable to allocate 40.0 GiB")
+        return stretch(**fields)
+
+    stretch = stretches.Stretch
+    monkeypatch.setattr(stretches, "Stretch", scant)
+    query = pb.Query(sketch=pb.Sketch(fingerprint=index.fingerprint, values=to_tensor(sketches[0])))
+    call = served.stub.ScoreExamples(pb.ScoreExamplesRequest(queries=[query]))
+    assert [next(call).HasField("step") for _ in range(2)] == [False, True]  # the total, and step 0
+    with pytest.raises(grpc.RpcError) as caught:
+        next(call)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert retry_after_s(error) == 2.5
 
 
 def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:

@@ -25,10 +25,13 @@ from loopsway.client import (
     Query,
     SketchQuery,
 )
+from loopsway.client.requests import query_messages
 from loopsway.client.streaming import WINDOW
 from loopsway.indexer import Index
+from loopsway.service import stretches
 from loopsway.v1 import attribution_pb2 as pb
-from serving import QUERIES, Served
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import QUERIES, Served, wait_for
 
 
 def queries_of(count: int) -> list[Query]:
@@ -222,6 +225,35 @@ async def test_what_the_callers_own_queries_raise_is_raised_to_the_caller(served
     async with AsyncClient(served.target) as client:
         with pytest.raises(ZeroDivisionError, match="the caller's"):
             [each async for each in client.stream_influences(breaking(), batch=1)]
+
+
+def test_scores_that_nobody_takes_leave_their_place(
+    serve: Callable[..., Served], index: Index, sketches: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stretches, "MOST_EXAMPLES", 1)
+    served = serve(model=False, stall_s=2, max_streams=1)
+    query = SketchQuery(sketches[0], index.fingerprint)
+    request = pb.ScoreExamplesRequest(queries=query_messages([query]))
+    # So little fits on its way that most of the 192 messages wait in the server.
+    options = [("grpc.enable_http_proxy", 0), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    with grpc.insecure_channel(served.target, options=options) as channel, Client(served.target) as client:
+        call = AttributionStub(channel).ScoreExamples(request)
+        next(call)
+        with pytest.raises(OverloadedError, match="the server has 1 streams open"):
+            list(client.score_examples([query]))
+
+        def admitted() -> bool:
+            try:
+                return len(list(client.score_examples([query]))) == 192
+            except OverloadedError:
+                return False
+
+        wait_for(admitted)
+        taken: list[object] = []
+        with pytest.raises(grpc.RpcError) as caught:
+            taken.extend(call)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert len(taken) < 191
 
 
 def test_a_stream_that_stalls_is_ended(serve: Callable[..., Served]) -> None:

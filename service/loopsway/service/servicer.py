@@ -87,12 +87,10 @@ class Servicer(AttributionServicer):
     ) -> pb.GetTrajectoriesResponse:
         return await _answered(context, lambda: self._get_trajectories(request))
 
-    async def ScoreExamples(  # noqa: N802  # the proto's name
+    async def ScoreExamples(  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  # writes by itself
         self, request: pb.ScoreExamplesRequest, context: Any
-    ) -> AsyncIterator[pb.ScoreExamplesResponse]:
-        responses = await _answered(context, lambda: self._score_examples(request, _deadline(context)))
-        while (response := await _encoded(lambda: next(responses, None))) is not None:
-            yield response
+    ) -> None:
+        await _answered(context, lambda: self._score_examples(request, context))
 
     async def FindNeighbors(  # noqa: N802  # the proto's name
         self, request: pb.FindNeighborsRequest, context: Any
@@ -187,7 +185,19 @@ class Servicer(AttributionServicer):
         response = await _encoded(lambda: encoding.trajectories_response(answer, engine.index))
         return self._fitting(response, "example_ids")
 
-    async def _score_examples(
+    async def _score_examples(self, request: pb.ScoreExamplesRequest, context: Any) -> None:
+        # As long as they are not taken, the scores of all examples stay in memory.
+        with self._streams.place():
+            responses = await self._scores(request, _deadline(context))
+            while True:
+                with enough_memory("making a stretch of scores", self._settings):
+                    response = await _encoded(lambda: next(responses, None))
+                if response is None:
+                    return
+                async with taken_in(self._settings.stall_s):
+                    await context.write(response)
+
+    async def _scores(
         self, request: pb.ScoreExamplesRequest, deadline: float | None
     ) -> Iterator[pb.ScoreExamplesResponse]:
         engine = self._engine(request.index)

@@ -119,8 +119,8 @@ class Settings(BaseSettings):
         max_where_characters: of a filter.
         max_influencers: in one FindInfluences response, over all queries and rankings.
         max_gradient_bytes: of one query that comes as gradients, to an index that sets no other.
-        max_streams: of queries or gradients, over all indices; more are told to come back. Where there are tokens, one
-            may have half of them.
+        max_streams: of queries, gradients or scores, over all indices; more are told to come back. Where there are
+            tokens, one may have half of them.
         stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
         stream_batches: batches of one StreamInfluences that are under way or wait to be taken.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
