@@ -27,7 +27,8 @@ from loopsway.experiments.looped_gpt import GPTTask, LoopedGPT, Shape
 from loopsway.experiments.texts import DATA_VARIABLE, gsm8k_folder, gsm8k_texts, synthetic_texts
 from loopsway.experiments.timing import median_seconds
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.sketches.coding import code_examples, decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import code_examples, decode, encode, row_bytes
+from loopsway.indexer.sketches.rotation import rotate
 
 FACTOR_AND_NORM_BYTES = 8
 BITS = (32, 8, 1)

@@ -45,6 +45,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
 
 K = 10
+IN_A_ROW, UNCOUNTED = 20, 2
 NUM_QUERIES, ENGINE_BATCHES, CALLERS, LOADS = 64, (1, 16, 32), (1, 4, 16), (0.5, 1.0, 2.0)
 
 
@@ -81,6 +82,7 @@ class Subject:
     engine: Engine
     load: Load
     stub: AttributionStub
+    blocking: AttributionStub
     health: Any
     examples: list[engine_queries.Query]
     sketches: list[engine_queries.Query]
@@ -103,16 +105,19 @@ async def subject(index: Index, arguments: Mapping[str, int], server: Served) ->
         "sketch": [load_request(SketchQuery(sketch, index.fingerprint), k=K) for sketch in sketched],
     }
     async with Load(server.target, timeout_s=120) as load, grpc.aio.insecure_channel(server.target) as channel:
+        blocking = grpc.insecure_channel(server.target)
         yield Subject(
             server=server,
             engine=engine,
             load=load,
             stub=AttributionStub(channel),
+            blocking=AttributionStub(blocking),
             health=health_pb2_grpc.HealthStub(channel),
             examples=examples,
             sketches=[engine_queries.SketchQuery(values=sketch) for sketch in sketched],
             requests=requests,
         )
+        blocking.close()
     await worker.stop()
     engine.close()
 
@@ -122,29 +127,39 @@ def ask_engine(engine: Engine, queries: Sequence[engine_queries.Query]) -> Await
 
 
 async def overhead(about: Subject, scale: Scale) -> None:
-    """Single calls, one at a time, in turns. The 5th percentile is what they take when nothing else runs."""
+    """Single calls, one after another; all kinds in turns, some calls of a kind in a row.
+
+    The first of a row are not counted: the engine and the server are processes that push each other's data out of the
+    processor's caches. The 5th percentile is what calls take when nothing else runs.
+    """
     calls: dict[str, Callable[[int], Any]] = {
         "a health check, gRPC alone": lambda _: about.health.Check(health_pb2.HealthCheckRequest()),
         "a sketch, the engine": lambda i: ask_engine(about.engine, [about.sketches[i]]),
         "a sketch, the service": lambda i: about.stub.FindInfluences(about.requests["sketch"][i]),
+        "a sketch, the service, blocking stub": lambda i: _blocking(about.blocking, about.requests["sketch"][i]),
         "an example, the engine": lambda i: ask_engine(about.engine, [about.examples[i]]),
         "an example, the service": lambda i: about.stub.FindInfluences(about.requests["example"][i]),
     }
     durations: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(scale.calls + 5):
+    for first in range(0, scale.calls, IN_A_ROW):
         for name, call in calls.items():
-            begin = time.perf_counter()
-            await call(turn % NUM_QUERIES)
-            if turn >= 5:
-                durations[name].append(time.perf_counter() - begin)
+            for turn in range(first - UNCOUNTED, first + IN_A_ROW):
+                begin = time.perf_counter()
+                await call(turn % NUM_QUERIES)
+                if turn >= first:
+                    durations[name].append(time.perf_counter() - begin)
     rows = []
     for name, times in durations.items():
-        engine, added = durations.get(name.replace("service", "engine")), ["", ""]
+        engine, added = durations.get(name.split(",")[0] + ", the engine"), ["", ""]
         if "service" in name and engine:
             added = [f"{1e3 * float(np.percentile(times, q) - np.percentile(engine, q)):.2f}" for q in (5, 50)]
         rows.append([name, *(f"{1e3 * float(np.percentile(times, q)):.2f}" for q in (5, 50, 95, 99)), *added])
     header = ["one at a time", "p5, ms", "p50, ms", "p95, ms", "p99, ms", "added at p5, ms", "added at p50, ms"]
     print(markdown_table(header, rows), flush=True)
+
+
+async def _blocking(stub: AttributionStub, request: pb.FindInfluencesRequest) -> Any:
+    return stub.FindInfluences(request)
 
 
 async def throughput(about: Subject, scale: Scale, turns: int) -> None:

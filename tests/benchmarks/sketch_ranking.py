@@ -16,7 +16,8 @@ from sketch_models import Workload
 from torch import Tensor
 
 from loopsway.indexer import SketchConfig
-from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import decode, encode, row_bytes
+from loopsway.indexer.sketches.rotation import rotate
 
 
 @dataclass(frozen=True, kw_only=True)

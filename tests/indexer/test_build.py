@@ -23,7 +23,8 @@ from loopsway.indexer import (
     open_index,
 )
 from loopsway.indexer.building.part import new_block_rows
-from loopsway.indexer.sketches.coding import encode, rotate
+from loopsway.indexer.sketches.coding import encode
+from loopsway.indexer.sketches.rotation import rotate
 
 from .conftest import assert_same, build, contents
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopsway.indexer.config import BITS
-from loopsway.indexer.sketches.coding import (
-    Codes,
-    code_shape,
-    decode,
-    encode,
-    rotate,
-    rotate_back,
-    row_bytes,
-    variance_factor,
-)
+from loopsway.indexer.sketches.coding import Codes, code_shape, decode, encode, row_bytes, variance_factor
+from loopsway.indexer.sketches.rotation import by_matrices, in_loops, rotate, rotate_back
 
 WIDTH = 256
 TRIALS = 200
@@ -29,8 +22,19 @@ def test_rotation_keeps_inner_products_and_is_the_same_for_each_row(width: int) 
     rows = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
     rotated = rotate(rows, 3)
     torch.testing.assert_close(rotated @ rotated.T, rows @ rows.T, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(rotated[2:3], rotate(rows[2:3], 3), rtol=1e-5, atol=1e-5)
+    assert torch.equal(rotated[2:3], rotate(rows[2:3], 3)), "whatever it is rotated with"
     assert not torch.allclose(rotated, rotate(rows, 4))
+
+
+@pytest.mark.parametrize("width", [64, 128, 1024])
+def test_the_compiled_transform_is_the_product_with_hadamards_matrix(width: int) -> None:
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    given = rows.clone()
+    matrix = torch.from_numpy(scipy.linalg.hadamard(width)).double()
+    expected = (rows.double() @ matrix).float()
+    for transformed in (in_loops(rows), by_matrices(rows)):
+        torch.testing.assert_close(transformed, expected, rtol=1e-5, atol=1e-5 * width**0.5)
+    assert torch.equal(rows, given)
 
 
 def test_rotation_spreads_a_single_coordinate() -> None:

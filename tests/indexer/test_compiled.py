@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from loopsway.indexer.search.compiled import compiled, group_peaks, reaching, rescale, round_to_bfloat16
+from loopsway.indexer.compiled import compiled
+from loopsway.indexer.search.inner_loops import group_peaks, reaching, rescale, round_to_bfloat16
 from loopsway.indexer.search.planes import bit_planes, write_products
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from cutting import COUNT
 from loopsway.indexer import Index, SketchConfig, delete_examples, export_index, open_index
 from loopsway.indexer.building import export
-from loopsway.indexer.sketches.coding import rotate, rotate_back
+from loopsway.indexer.sketches.rotation import rotate, rotate_back
 
 from .conftest import build
 

@@ -35,7 +35,8 @@ from looped import (
     step_gradients,
 )
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.sketches.coding import decode, encode, rotate
+from loopsway.indexer.sketches.coding import decode, encode
+from loopsway.indexer.sketches.rotation import rotate
 
 NUM_TRAIN, NUM_QUERIES = 16, 6
 TRIALS = 24  # seeds over which an error is averaged

@@ -16,7 +16,8 @@ from loopsway.indexer.config import BITS
 from loopsway.indexer.search import coded_queries, scan, slot
 from loopsway.indexer.search.filters import FilterError, matching_rows
 from loopsway.indexer.search.products import exact_products
-from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import decode, encode, row_bytes
+from loopsway.indexer.sketches.rotation import rotate
 
 from .conftest import answered, build
 

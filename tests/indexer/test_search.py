@@ -16,7 +16,8 @@ from loopsway.indexer import ExampleSketcher, Index, SketchConfig, StepSketcher,
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search.ranking import pairs
 from loopsway.indexer.search.shards import LEAST_NORM
-from loopsway.indexer.sketches.coding import decode, rotate
+from loopsway.indexer.sketches.coding import decode
+from loopsway.indexer.sketches.rotation import rotate
 
 WIDTH = 1024
 KINDS = [kind.__name__ for kind in MODELS]

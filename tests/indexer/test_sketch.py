@@ -23,7 +23,8 @@ from torch import Tensor
 from looped import MODELS, InjectedModel, collate, losses, make_examples, make_model, step_gradients
 from loopsway.indexer import Loop, SketchConfig, StepSketcher
 from loopsway.indexer.gradients.forms import Dense
-from loopsway.indexer.sketches.coding import decode, encode, rotate, variance_factor
+from loopsway.indexer.sketches.coding import decode, encode, variance_factor
+from loopsway.indexer.sketches.rotation import rotate
 from loopsway.indexer.sketches.sketch import DeviceHash, Sketches
 
 TRIALS = 200

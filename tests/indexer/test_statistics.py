@@ -22,7 +22,8 @@ from loopsway.indexer import (
     step_energies,
 )
 from loopsway.indexer.curation import energy
-from loopsway.indexer.sketches.coding import decode, encode, rotate, standard_errors
+from loopsway.indexer.sketches.coding import decode, encode, standard_errors
+from loopsway.indexer.sketches.rotation import rotate, rotate_back
 
 from .conftest import build
 
@@ -158,6 +159,4 @@ class StoredRows:
 
 def rotated_back(vectors: np.ndarray, index: Index) -> np.ndarray:
     """Sketches whose rotation gives these vectors."""
-    from loopsway.indexer.sketches.coding import rotate_back
-
     return rotate_back(torch.from_numpy(vectors.astype(np.float32)), index.config.seed).numpy()

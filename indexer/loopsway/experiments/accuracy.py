@@ -18,7 +18,8 @@ from sdi.estimators import compute_query_sdi
 from torch import Tensor, nn
 
 from loopsway.indexer import SketchConfig, StepSketcher, Task
-from loopsway.indexer.sketches.coding import decode, encode, rotate
+from loopsway.indexer.sketches.coding import decode, encode
+from loopsway.indexer.sketches.rotation import rotate
 
 from .reference import reference_features
 

@@ -35,7 +35,8 @@ from models import losses
 from torch import Tensor, nn
 
 from loopsway.indexer import SketchConfig, StepSketcher
-from loopsway.indexer.sketches.coding import decode, encode, rotate, row_bytes
+from loopsway.indexer.sketches.coding import decode, encode, row_bytes
+from loopsway.indexer.sketches.rotation import rotate
 
 
 @dataclass(frozen=True, kw_only=True)

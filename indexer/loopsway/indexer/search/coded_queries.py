@@ -23,7 +23,7 @@ import numkong
 import numpy as np
 
 from ..sketches.coding import GAUSSIAN_STEP
-from .compiled import rescale, round_to_bfloat16
+from .inner_loops import rescale, round_to_bfloat16
 from .planes import bit_planes, write_products
 
 PLANES, MORE_PLANES = 4, 8  # of a query that meets sign bits: at first, and where that tells too little

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import torch
 
 from ..config import Approximation, Checkpoint, Loop, SketchConfig
-from ..sketches.coding import rotate_back
+from ..sketches.rotation import rotate_back
 from ..store.addresses import open_folder
 from ..store.folders import IndexDamagedError, LocalFolder
 from ..store.generation import ROW_AXES, Generation
@@ -261,6 +261,10 @@ class IndexContents:
             Example(id=each, description=description, metadata=facts)
             for each, description, facts in zip(columns["id"], columns["description"], metadata, strict=True)
         ]
+
+    def ids_in(self, rows: np.ndarray) -> list[str]:
+        """Ids of the examples in these rows."""
+        return self._ids.take(rows).to_pylist()
 
     def row_of(self, example_id: str) -> int:
         """The row of an example.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
+from itertools import islice
 from operator import and_
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from .sharded import Coverage, LocalShards, ShardedReader
 from .slot import inner_products
 
 TrajectoryResolve = Resolve | Literal["step_matrix"]
+_Candidates = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, influences, standard errors
 
 
 def open_index(
@@ -150,15 +152,18 @@ class Index(IndexContents):
         found, coverage = self._search_pairs(
             asked, vectors, k, kept=kept, efforts=efforts, deadline=deadline, go_on=go_on
         )
-        rankings = [
-            Ranking(
-                total=self._influencers(None, *found[Pair(None, TOTAL)][query], k),
-                steps=tuple(self._influencers(step, *found[wanted[step]][query], k) for step in chosen),
-                recall=1.0 if exact else self._least_recall(slots),
-                coverage=coverage.share,
+        in_order = [(None, Pair(None, TOTAL)), *((step, wanted[step]) for step in chosen)]
+        rankings = list[Ranking]()
+        for query in range(len(sketches)):
+            total, *each_step = self._influencers([(step, found[pair][query]) for step, pair in in_order], k)
+            rankings.append(
+                Ranking(
+                    total=total,
+                    steps=tuple(each_step),
+                    recall=1.0 if exact else self._least_recall(slots),
+                    coverage=coverage.share,
+                )
             )
-            for query in range(len(sketches))
-        ]
         return rankings[0] if single else rankings
 
     def scores(
@@ -281,8 +286,8 @@ class Index(IndexContents):
         efforts: Efforts | None,
         deadline: float | None,
         go_on: Callable[[], object] | None,
-    ) -> tuple[dict[Pair, list[tuple[np.ndarray, np.ndarray, np.ndarray]]], Coverage]:
-        """(rows, influences, standard errors) of each pair's candidates for each query; one scan for a slot."""
+    ) -> tuple[dict[Pair, list[_Candidates]], Coverage]:
+        """Each pair's candidates for each query; one scan for a slot."""
         found, mine = {}, {pair.slot: list[Pair]() for pair in wanted}
         for pair in sorted(wanted, key=lambda pair: pair.query):
             mine[pair.slot].append(pair)
@@ -298,11 +303,12 @@ class Index(IndexContents):
             ranked |= of_part
             coverages.append(coverage)
         for slot, queries in asked.items():
-            norms = np.linalg.norm(queries, axis=1)
-            answers = [
-                (rows, scores, self._errors(scores, self.codes.norms_of(slot, rows), norm))
-                for (rows, scores), norm in zip(ranked[slot], norms, strict=True)
-            ]
+            rows, scores = zip(*ranked[slot], strict=True)
+            counts = [len(each) for each in rows]
+            query_norms = np.repeat(np.linalg.norm(queries, axis=1), counts)
+            of_rows = self.codes.norms_of(slot, np.concatenate(rows))
+            errors = np.split(self._errors(np.concatenate(scores), of_rows, query_norms), np.cumsum(counts)[:-1])
+            answers = list(zip(rows, scores, errors, strict=True))
             for place, pair in enumerate(mine[slot]):
                 found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
         return found, reduce(and_, coverages)
@@ -314,22 +320,25 @@ class Index(IndexContents):
     def _least_recall(self, slots: set[int | None]) -> float:
         return min(each["by_slot"][slot_name(slot)] for each in self._recalls for slot in slots)
 
-    def _influencers(
-        self, step: int | None, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int
-    ) -> Influencers:
-        best = np.flatnonzero(scores > 0)[:k]
-        worst = np.flatnonzero(scores < 0)
-        worst = worst[np.lexsort((rows[worst], scores[worst]))][:k]
-        proponents, opponents = (
-            Ranked(
-                example_ids=tuple(self.examples["id"].take(rows[own]).to_pylist()),
-                rows=rows[own],
-                influences=scores[own],
-                standard_errors=errors[own],
-            )
-            for own in (best, worst)
+    def _influencers(self, found: Sequence[tuple[int | None, _Candidates]], k: int) -> list[Influencers]:
+        """Of each step, the k strongest of its candidates; one look at the ids for all of them."""
+        sides = [side for _, candidates in found for side in _signs(*candidates, k)]
+        ids = iter(self.ids_in(np.concatenate([rows for rows, _, _ in sides])))
+        ranked = iter(
+            [
+                Ranked(example_ids=tuple(islice(ids, len(rows))), rows=rows, influences=scores, standard_errors=errors)
+                for rows, scores, errors in sides
+            ]
         )
-        return Influencers(step=step, proponents=proponents, opponents=opponents)
+        return [Influencers(step=step, proponents=next(ranked), opponents=next(ranked)) for step, _ in found]
 
     def _errors(self, influences: np.ndarray, norms: np.ndarray, query_norms: Any) -> np.ndarray:
         return standard_errors(influences, norms, query_norms, width=self.width, bits=self.bits)
+
+
+def _signs(rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int) -> tuple[_Candidates, _Candidates]:
+    """The k strongest above zero and below it, of candidates from the largest score to the smallest, then by row."""
+    best = np.flatnonzero(scores > 0)[:k]
+    worst = np.flatnonzero(scores < 0)
+    worst = worst[np.lexsort((rows[worst], scores[worst]))][:k]
+    return (rows[best], scores[best], errors[best]), (rows[worst], scores[worst], errors[worst])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..config import SketchConfig
-from ..sketches.coding import rotate
+from ..sketches.rotation import rotate
 
 
 def checked_sketches(query_sketches: Any, width: int) -> tuple[np.ndarray, bool]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from .coded_queries import MORE_PLANES, CodedQueries, code_queries
-from .compiled import group_peaks, reaching
+from .inner_loops import group_peaks, reaching
 
 ESTIMATES, STRETCH_ROWS = 1 << 23, 1 << 20  # held at once; of a query
 SPARSE = 0.25  # with a smaller share of rows that may be found, a block's are copied out before they are multiplied

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from ..config import ROTATIONS
-from .hashes import rotation_signs
+from .rotation import rotate
 
 # Distance between the levels of a b-bit uniform quantizer of a unit Gaussian with the least square error (Max 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
-LARGEST_FACTOR = 128  # of the Hadamard matrix that is multiplied at once
 TILE_BYTES = 4 << 20  # of sketches that are rotated and coded at once: they stay in the cache
 
 
@@ -69,35 +68,6 @@ def code_examples(sketches: Tensor, *, seed: int, bits: int, rotations: int = RO
         steps.append(encode(rotated.flatten(0, 1), bits))
         totals.append(encode(rotated.sum(1), bits))
     return Codes.joined(steps), Codes.joined(totals)
-
-
-def rotate(sketches: Tensor, seed: int, rotations: int = ROTATIONS) -> Tensor:
-    """Random rotations of the last dimension, W a power of two; inner products stay."""
-    rotated = sketches.float()
-    for rotation in range(rotations):
-        rotated = _transformed(rotated * _signs(seed, sketches.shape[-1], rotation, sketches.device))
-    return rotated
-
-
-def rotate_back(rotated: Tensor, seed: int, rotations: int = ROTATIONS) -> Tensor:
-    """The inverse of `rotate`."""
-    sketches = rotated.float()
-    for rotation in reversed(range(rotations)):
-        sketches = _transformed(sketches) * _signs(seed, rotated.shape[-1], rotation, rotated.device)
-    return sketches
-
-
-def _transformed(values: Tensor) -> Tensor:
-    """The Walsh-Hadamard transform of the last dimension, without its scale; it is symmetric."""
-    width = values.shape[-1]
-    inner = min(LARGEST_FACTOR, width)
-    out = values.reshape(-1, inner) @ _hadamard(inner, values.device)
-    stride = inner
-    while stride < width:  # H_W is a Kronecker product: multiply by one factor at a time, along its own dimension
-        size = min(LARGEST_FACTOR, width // stride)
-        out = _hadamard(size, out.device) @ out.reshape(-1, size, stride)
-        stride *= size
-    return out.reshape(values.shape)
 
 
 def encode(rotated: Tensor, bits: int) -> Codes:
@@ -184,20 +154,6 @@ def _uniform_variance_factor(bits: int) -> float:
     code = np.clip(np.floor(x / GAUSSIAN_STEP[bits]) + levels // 2, 0, levels - 1) * 2 - (levels - 1)
     along = np.sum(weight * x * code) / np.sqrt(np.sum(weight * x * x) * np.sum(weight * code * code))
     return float(1 / along**2)
-
-
-@lru_cache
-def _signs(seed: int, width: int, rotation: int, device: torch.device) -> Tensor:
-    """A rotation's signs over sqrt(W), which makes the transform orthonormal."""
-    return torch.from_numpy(rotation_signs(seed, width, rotation)).to(device) / math.sqrt(width)
-
-
-@lru_cache
-def _hadamard(size: int, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.to(device)
 
 
 def _pack(cells: Tensor, bits: int) -> Tensor:
