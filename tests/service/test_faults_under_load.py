@@ -8,7 +8,9 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from loopsway.client import AsyncClient, Client, ExampleQuery, IdQuery, SketchQuery, UnavailableError
+from loopsway.client import AsyncClient, Client, ExampleQuery, IdQuery, InfluenceResult, SketchQuery, UnavailableError
 from loopsway.client.load import OK, Load, Measurement, Requests, load_request
 from loopsway.indexer import Index
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
@@ -104,6 +106,38 @@ async def test_sigterm_under_load_answers_what_runs_and_refuses_what_comes(index
     assert "UNAVAILABLE" in refused.codes
     assert refused.codes.get("CANCELLED", 0) <= 1
     assert set(refused.codes) <= {"UNAVAILABLE", "CANCELLED"}
+
+
+def test_sigterm_ends_a_stream_once_what_was_read_of_it_is_answered(index_path: Path, tmp_path: Path) -> None:
+    gate, config = Gate(tmp_path), tmp_path / "serve.toml"
+    config.write_text(
+        f"port = 0\ngrace_s = 30\nindices = [{{path = '{index_path}', task = '{TASK_SPEC}', "
+        f"task_arguments = {{gate = '{gate.folder}'}}}}]\n"
+    )
+    with commanded(config) as (child, client):
+        stream = client.stream_influences((ExampleQuery(query) for query in cycle(QUERIES)), batch=1, k=1)
+        assert isinstance(next(stream), InfluenceResult)
+        gate.hold()
+        with ThreadPoolExecutor() as pool:
+            others = pool.submit(until_it_ends, stream)
+            gate.wait_until_entered()
+            child.send_signal(signal.SIGTERM)
+            wait_for(lambda: "stopping" in (tmp_path / "log").read_text())
+            gate.open()
+            answers, error = others.result(60)
+        begin = time.monotonic()
+        assert child.wait(20) == 0
+        assert time.monotonic() - begin < 10, "it ends when nothing runs any more, not with the grace"
+    assert {type(answer) for answer in answers} == {InfluenceResult}
+    assert "the server ends, and reads no more of this stream" in str(error)
+    assert f"ask again in 1 s (the first {1 + len(answers)} queries of the stream are answered" in str(error)
+
+
+def until_it_ends(stream: Iterator[Any]) -> tuple[list[Any], UnavailableError]:
+    answers: list[Any] = []
+    with pytest.raises(UnavailableError) as caught:
+        answers.extend(stream)
+    return answers, caught.value
 
 
 async def test_sigterm_amid_calls_leaves_none_without_a_status(index_path: Path, tmp_path: Path) -> None:

@@ -215,7 +215,9 @@ async def _read(stream: Any, outgoing: Outgoing, timeout_s: float) -> Any:
 def _ending(failure: grpc.RpcError, outgoing: Outgoing, target: str, exceeded_s: float | None) -> BaseException:
     if outgoing.error is not None:
         return outgoing.error
-    return error_from_rpc(failure, target) if exceeded_s is None else _too_late(exceeded_s)
+    error = error_from_rpc(failure, target) if exceeded_s is None else _too_late(exceeded_s)
+    error.args = (f"{error} (the first {outgoing.num_answered} queries of the stream are answered: go on after them)",)
+    return error
 
 
 def _too_late(timeout_s: float) -> DeadlineError:

@@ -74,7 +74,8 @@ class Server:
                 ("grpc.server.max_pending_requests_hard_limit", 2 * BURST),
             ],
         )
-        add_AttributionServicer_to_server(Servicer(self.catalog, settings), self._grpc)
+        self._servicer = Servicer(self.catalog, settings)
+        add_AttributionServicer_to_server(self._servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
 
@@ -110,6 +111,7 @@ class Server:
     async def stop(self) -> None:
         """Refuses new requests, gives running ones `grace_s` to finish, then closes the indices."""
         await self._health.enter_graceful_shutdown()
+        self._servicer.end_streams()
         await self._grpc.stop(self._settings.grace_s)
         await self.catalog.stop()
         await asyncio.to_thread(self.metrics.close)

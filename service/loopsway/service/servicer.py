@@ -55,6 +55,10 @@ class Servicer(AttributionServicer):
         self._settings = settings
         self._streams = StreamPlaces(settings)
 
+    def end_streams(self) -> None:
+        """Lets streams of queries end once what was read of them is answered."""
+        self._streams.end()
+
     async def GetIndex(  # noqa: N802  # the proto's name
         self, request: pb.GetIndexRequest, context: Any
     ) -> pb.GetIndexResponse:
@@ -151,7 +155,7 @@ class Servicer(AttributionServicer):
     async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
         settings = self._settings
         with self._streams.place():
-            timed = unstalled(aiter(requests), settings.stall_s)
+            timed = self._streams.until_end(unstalled(aiter(requests), settings.stall_s))
             async with aclosing(in_order(timed, self._batch_answer, settings.stream_batches)) as responses:
                 async for response in responses:
                     async with taken_in(settings.stall_s):

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager
 from typing import NoReturn, TypeVar
 
-from .errors import QueueFullError, StalledError
+from .errors import QueueFullError, StalledError, UnavailableError
 from .settings import Settings
 from .tokens import CALLER
 
@@ -28,6 +28,7 @@ class StreamPlaces:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._open = Counter[str]()  # by the names of tokens; "" without
+        self._ending = asyncio.Event()
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -47,6 +48,35 @@ class StreamPlaces:
             yield
         finally:
             self._open[name] -= 1
+
+    def end(self) -> None:
+        """The server ends: nothing more is read of streams."""
+        self._ending.set()
+
+    async def until_end(self, items: AsyncIterator[_Item]) -> AsyncIterator[_Item]:
+        """The same items, as long as the server goes on.
+
+        Raises:
+            UnavailableError: it ends.
+        """
+        end = asyncio.create_task(self._ending.wait())
+        reading: asyncio.Future[_Item | None] | None = None
+        try:
+            while not self._ending.is_set():
+                reading = asyncio.ensure_future(anext(items, None))
+                await asyncio.wait((reading, end), return_when=asyncio.FIRST_COMPLETED)
+                if reading.done():
+                    if (item := reading.result()) is None:
+                        return
+                    yield item
+        finally:
+            for each in (reading, end):
+                if each is not None:
+                    each.cancel()
+        raise UnavailableError(
+            "the server ends, and reads no more of this stream; what it had read is answered",
+            retry_after_s=self._settings.retry_after_s,
+        )
 
     def _refuse(self, text: str) -> NoReturn:
         raise QueueFullError(text, retry_after_s=self._settings.retry_after_s)
