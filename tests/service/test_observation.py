@@ -83,6 +83,35 @@ def test_requests_and_their_parts_are_counted_by_index_method_and_code(observed:
     assert grown("loopsway_response_bytes_total", method="FindInfluences") > 1000
 
 
+def test_each_batch_of_a_stream_is_counted_with_its_own_index_and_code(
+    observed: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    before = samples(observed)
+
+    def batch(num_queries: int = 1, **fields: Any) -> pb.StreamInfluencesRequest:
+        request = pb.FindInfluencesRequest(queries=[example(QUERIES[0])] * num_queries, **fields)
+        return pb.StreamInfluencesRequest(request=request)
+
+    batches = [batch(2), batch(index="nobody"), batch(3), batch(index="tiny", where="wrong ="), batch(index="nobody")]
+    assert len(list(observed.stub.StreamInfluences(iter(batches), metadata=(("x-request-id", "stream"),)))) == 5
+    fields = access(caplog, "stream")
+    after = samples(observed)
+
+    def grown(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert grown("loopsway_batches_total", index="tiny", code="OK") == 2
+    assert grown("loopsway_batches_total", index="tiny", code="INVALID_ARGUMENT") == 1
+    assert grown("loopsway_batches_total", index="", code="NOT_FOUND") == 2
+    assert grown("loopsway_queries_total", index="tiny", method="StreamInfluences") == 6
+    assert grown("loopsway_queries_total", index="", method="StreamInfluences") == 0
+    assert grown("loopsway_requests_total", index="", method="StreamInfluences", code="OK") == 1
+    assert grown("loopsway_part_seconds_count", index="tiny", method="StreamInfluences", part="sketch") == 3
+    assert (fields["batches"], fields["failed_batches"], fields["queries"], fields["code"]) == (5, 3, 6, "OK")
+    assert "index" not in fields
+
+
 def test_what_a_caller_names_is_no_label(observed: Served) -> None:
     for name in ("nobody", "x" * 200):
         assert (

@@ -54,6 +54,10 @@ class Metrics:
             "Parts of requests: waiting (queue), the model (sketch), the index (search), making the answer (encode).",
             ("index", "method", "part"), buckets=BUCKETS, registry=registry,
         )  # fmt: skip
+        self._batches = Counter(
+            "loopsway_batches", "Batches of StreamInfluences that came to their end.", ("index", "code"),
+            registry=registry,
+        )  # fmt: skip
         self._queries = Counter(
             "loopsway_queries", "Queries, or examples that were asked about.", ("index", "method"), registry=registry
         )
@@ -71,10 +75,15 @@ class Metrics:
     def part(self, record: Record, name: PartName, seconds: float) -> None:
         self._parts.labels(record.index, record.method, name).observe(seconds)
 
+    def batch(self, record: Record) -> None:
+        self._batches.labels(record.index, record.code).inc()
+        self._queries.labels(record.index, record.method).inc(record.num_queries)
+
     def end(self, record: Record, seconds: float) -> None:
         self._requests.labels(record.index, record.method, record.code).inc()
         self._seconds.labels(record.index, record.method, record.code).observe(seconds)
-        self._queries.labels(record.index, record.method).inc(record.num_queries)
+        if not record.num_batches:  # whose queries were counted with them
+            self._queries.labels(record.index, record.method).inc(record.num_queries)
         self._request_bytes.labels(record.method).inc(record.request_bytes)
         self._response_bytes.labels(record.method).inc(record.response_bytes)
 

@@ -54,6 +54,7 @@ class Observation(grpc.aio.ServerInterceptor):
             method=details.method.removeprefix(ATTRIBUTION).removeprefix("/") if known else "other",
             request_id=request_id_from(metadata.get(REQUEST_ID)),
             on_part=self._on_part,
+            on_batch=self._metrics.batch,
         )
         RECORD.set(record)  # the handler runs in this same task
         handler = await continuation(handler_call_details)
@@ -113,6 +114,8 @@ class Observation(grpc.aio.ServerInterceptor):
             "code": record.code,
             "field": record.refused_field,
             "queries": record.num_queries,
+            "batches": record.num_batches or None,
+            "failed_batches": record.num_failed_batches or None,
             "request_bytes": record.request_bytes,
             "response_bytes": record.response_bytes,
             "seconds": round(seconds, 6),

@@ -16,19 +16,22 @@ from typing import Any, Literal, TypeAlias
 
 PartName: TypeAlias = Literal["queue", "sketch", "search", "encode"]
 OnPart: TypeAlias = Callable[["Record", PartName, int, int], object]
+OnBatch: TypeAlias = Callable[["Record"], object]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 @dataclass(kw_only=True, eq=False)
 class Record:
-    """One request.
+    """One request, or one batch of a stream.
 
     Attributes:
         method: a name that the server knows.
         request_id: the caller's, or made here.
         on_part: is told each part with its beginning and end, by `time.monotonic_ns()`.
-        index: that it is answered from, by its own name and not the caller's; "" where it came to none.
+        on_batch: is told each batch of a stream at its end.
+        index: that it is answered from, by its own name and not the caller's; "" where it came to none, or a stream's
+            batches came to several.
         token: the name of the caller's token; "" for none.
         num_queries: or examples, over all batches of a stream.
         request_bytes: of its messages.
@@ -37,12 +40,15 @@ class Record:
         code: the gRPC status, by name.
         span: of tracing.py. None: it is not traced.
         seconds: of each part; batches of a stream are answered side by side, so that these may be more than it took.
+        num_batches: of a stream, that came to their end.
+        num_failed_batches: of them.
         start_ns: when it came, by `time.monotonic_ns()`.
     """
 
     method: str
     request_id: str
     on_part: OnPart
+    on_batch: OnBatch
     index: str = ""
     token: str = ""
     num_queries: int = 0
@@ -52,7 +58,21 @@ class Record:
     code: str = "CANCELLED"  # unless it comes to an end of its own
     span: Any = None
     seconds: dict[PartName, float] = field(default_factory=dict)
+    num_batches: int = 0
+    num_failed_batches: int = 0
     start_ns: int = field(default_factory=time.monotonic_ns)
+
+    def add(self, batch: Record) -> None:
+        """Takes in what was noted of one of its batches."""
+        if not self.num_batches:
+            self.index = batch.index
+        elif batch.index != self.index:
+            self.index = ""
+        self.num_batches += 1
+        self.num_failed_batches += batch.code != "OK"
+        self.num_queries += batch.num_queries
+        for name, seconds in batch.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 # Of the request that the present asyncio task answers. None: what is done is no request's, as in a warm-up.
@@ -66,6 +86,28 @@ def note(*, index: str = "", token: str = "", refused_field: str = "", num_queri
         record.index, record.token = index or record.index, token or record.token
         record.refused_field = refused_field or record.refused_field
         record.num_queries += num_queries
+
+
+@contextmanager
+def batch() -> Iterator[Record]:
+    """What is done in here is a batch of the stream under way, with a record of its own: it has its own index and code."""
+    stream = RECORD.get()
+    assert stream is not None, "each stream is a request, which observation.py begins"
+    own = Record(
+        method=stream.method,
+        request_id=stream.request_id,
+        on_part=stream.on_part,
+        on_batch=stream.on_batch,
+        token=stream.token,
+        span=stream.span,
+    )
+    token = RECORD.set(own)
+    try:
+        yield own
+    finally:
+        RECORD.reset(token)
+        stream.add(own)
+        stream.on_batch(own)
 
 
 class Passage:

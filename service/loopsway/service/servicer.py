@@ -17,7 +17,7 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionServicer
 from loopsway.v1.tensors import to_tensor
 
-from . import decoding, encoding, gradients
+from . import decoding, encoding, gradients, record
 from .catalog import Catalog
 from .engine import Engine
 from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
@@ -162,8 +162,14 @@ class Servicer(AttributionServicer):
                         await context.write(response)
 
     async def _batch_answer(self, batch: pb.StreamInfluencesRequest) -> pb.StreamInfluencesResponse:
-        """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
         await rate_allows()
+        with record.batch() as noted:
+            response = await self._outcome(batch)
+            noted.code = code_pb2.Code.Name(response.failure.code)  # OK without a failure
+        return response
+
+    async def _outcome(self, batch: pb.StreamInfluencesRequest) -> pb.StreamInfluencesResponse:
+        """The batch's answer, or its failure. Where a call would be told to come back, a stream waits."""
         while True:
             try:
                 check_limits(batch, self._settings)
