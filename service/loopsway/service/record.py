@@ -90,7 +90,7 @@ def note(*, index: str = "", token: str = "", refused_field: str = "", num_queri
 
 @contextmanager
 def batch() -> Iterator[Record]:
-    """What is done in here is a batch of the stream under way, with a record of its own: it has its own index and code."""
+    """What is done in here is a batch of the stream under way, whose index and code are its own: so is its record."""
     stream = RECORD.get()
     assert stream is not None, "each stream is a request, which observation.py begins"
     own = Record(
