@@ -41,13 +41,32 @@ def dockerfile() -> list[tuple[str, str]]:
     return [(instruction, " ".join(argument.split())) for instruction, argument in lines]
 
 
+def stage(name: str) -> list[tuple[str, str]]:
+    """A stage's instructions, after those of the stage that it begins with."""
+    stages: dict[str, list[tuple[str, str]]] = {}
+    for instruction, argument in dockerfile():
+        if instruction == "FROM":
+            base, _, own = argument.partition(" AS ")
+            stages[own] = list(stages.get(base, []))
+        stages[own].append((instruction, argument))
+    return stages[name]
+
+
+def values(instructions: list[tuple[str, str]], instruction: str) -> list[str]:
+    return [argument for name, argument in instructions if name == instruction]
+
+
+def variables(assignments: list[str]) -> dict[str, str]:
+    return dict(each.split("=", 1) for line in assignments for each in line.split())
+
+
 def manifest() -> dict[str, Any]:
     documents = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
     return {document["kind"]: document for document in documents}
 
 
 def health_commands() -> Iterator[list[str]]:
-    (check,) = (argument for instruction, argument in dockerfile() if instruction == "HEALTHCHECK")
+    (check,) = values(dockerfile(), "HEALTHCHECK")
     yield check.partition("CMD ")[2].split()
     (container,) = manifest()["Deployment"]["spec"]["template"]["spec"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -121,25 +140,35 @@ def test_a_server_with_tls_is_healthy_by_its_own_certificate(index_path: Path, t
             assert (result.exit_code, result.output) == (0, "SERVING\n"), result.output
 
 
-def test_the_image_is_made_of_what_is_here_and_runs_as_nobody() -> None:
+def test_the_image_is_made_of_what_is_here_in_the_tested_versions() -> None:
     instructions = dockerfile()
-    stages = [argument for instruction, argument in instructions if instruction == "FROM"]
-    assert {"cpu", "cuda"} <= {stage.partition(" AS ")[2] for stage in stages}
-    copied = [argument for instruction, argument in instructions if instruction == "COPY" and "--from" not in argument]
+    copied = [argument for argument in values(instructions, "COPY") if "--from" not in argument]
     assert [name for each in copied for name in each.split()[:-1] if not (ROOT / name).exists()] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    installs = [argument for instruction, argument in instructions if "pip install" in argument]
+    installs = [argument for argument in values(instructions, "RUN") if "pip install" in argument]
     for install in installs:
+        assert "-c constraints.txt" in install
         (named,) = re.findall(r"'\.\[(.*)\]'", install)
         assert set(named.split(",")) <= extras.keys()
         assert not {"cpu", "gpu"} <= set(named.split(",")), "both install faiss/"
     assert len(installs) == 2
-    (user,) = [argument for instruction, argument in instructions if instruction == "USER"]
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_image_runs_as_the_manifests_user_with_a_home_that_can_be_written_to(target: str) -> None:
+    instructions = stage(target)
+    pod = manifest()["Deployment"]["spec"]["template"]["spec"]
+    security = pod["securityContext"]
+    user = values(instructions, "USER")[-1]
+    assert user == f"{security['runAsUser']}:{security['runAsGroup']}"
     assert int(user.split(":")[0]) > 0
-    (entry,), (command,) = (
-        [json.loads(argument) for instruction, argument in instructions if instruction == name]
-        for name in ("ENTRYPOINT", "CMD")
-    )
+    environment = variables(values(instructions, "ENV"))
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    (container,) = pod["containers"]
+    empty = [each["mountPath"] for each in container["volumeMounts"] if "emptyDir" in volumes[each["name"]]]
+    assert environment["HOME"] in empty, "Numba and Triton keep there what they compile"
+    assert Path(environment["LOOPSWAY_CACHE"]).is_relative_to(environment["HOME"])
+    entry, command = (json.loads(*values(instructions, name)) for name in ("ENTRYPOINT", "CMD"))
     assert (entry, command) == (["loopsway"], SERVE)
     assert parsed(command).params["config"] == Path(SERVE[-1])
 
@@ -155,6 +184,9 @@ def test_the_unit_starts_what_it_has_checked() -> None:
     assert check == [*start, "--check-config"]
     assert parsed(check[1:]).params["check_config"]
     assert service["DynamicUser"] == "yes"
+    environment = variables([service["Environment"]])
+    assert environment["HOME"] == f"/var/lib/{service['StateDirectory']}"
+    assert environment["LOOPSWAY_CACHE"] == f"/var/cache/{service['CacheDirectory']}"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
