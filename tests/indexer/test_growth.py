@@ -12,6 +12,7 @@ from cutting import BATCH_SIZE, BLOCK_ROWS, CONFIG, COUNT
 from looped import LoopedTask
 from loopsway.indexer import (
     Index,
+    IndexDamagedError,
     IndexExistsError,
     IndexLockedError,
     IndexNotFoundError,
@@ -26,8 +27,10 @@ from loopsway.indexer import (
     verify_index,
 )
 from loopsway.indexer.building.examples import SubsetTask
+from loopsway.indexer.building.verification import check_added
 from loopsway.indexer.store.folders import LocalFolder
 from loopsway.indexer.store.lock import writer_lock
+from loopsway.indexer.store.manifest import Manifest
 
 from .conftest import build
 
@@ -305,6 +308,36 @@ def test_the_tombstones_and_every_manifest_are_verified(grown: Path) -> None:
         file.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
         assert [damage.file for damage in verify_index(grown, progress=False)] == [str(file)]
         file.write_bytes(data)
+
+
+def test_what_a_generation_adds_is_compared_and_nothing_else(grown: Path) -> None:
+    folder = LocalFolder(grown)
+    first, last = Manifest.read(folder, 1), Manifest.read(folder)
+    begun: list[None] = []
+
+    def compare() -> None:
+        check_added(folder, last, first, lambda: begun.append(None))
+
+    compare()
+    assert len(begun) == last.parts[1].plan.num_blocks
+    pieces = ("arrays.zarr/step_codes/c/1/0/0", "arrays.zarr/losses/c/0/0", "blocks/000001.json", "examples.parquet")
+    for name in pieces:
+        old, new = grown / "generations/000001" / name, grown / "generations/000002" / name
+        for file in (old, new):
+            data = file.read_bytes()
+            file.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+            if file == old:
+                compare()
+            else:
+                with pytest.raises(IndexDamagedError, match=f"is damaged: {new}: .*; `loopsway verify` names all"):
+                    compare()
+            file.write_bytes(data)
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        check_added(folder, last, first, stop)
 
 
 def test_building_a_grown_index_again_opens_it(grown: Path) -> None:

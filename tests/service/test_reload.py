@@ -94,16 +94,20 @@ def test_generations_change_under_load_without_a_failed_request(serve: Callable[
     assert served.stub.FindInfluences(by_id).results
 
 
-@pytest.mark.parametrize("damage", ["manifest", "missing"])
+@pytest.mark.parametrize("damage", ["manifest", "missing", "codes"])
 def test_a_damaged_generation_is_refused_once_and_the_old_one_goes_on(
     serve: Callable[..., Served], own_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     served = serve(path=own_index, reload_poll_s=POLL_S)
     whole = shutil.copytree(own_index, tmp_path / "next.index")
     delete_examples(whole, ids=["tiny-3"])
+    if damage == "codes":
+        compact_index(whole, progress=False)
     torn = shutil.copytree(whole, tmp_path / "torn.index")
     if damage == "manifest":
         (torn / "manifest.json").write_text((torn / "manifest.json").read_text()[:-40])
+    elif damage == "codes":  # nothing but its digest tells
+        flip(torn / "generations/000003/arrays.zarr/step_codes/c/1/0/0")
     else:
         for file in torn.rglob("*deleted*.parquet"):
             file.unlink()
@@ -116,10 +120,18 @@ def test_a_damaged_generation_is_refused_once_and_the_old_one_goes_on(
     assert caplog.text.count("is refused") == 1, "it is not tried again before the manifest changes"
     shutil.rmtree(torn)
     publish(whole, own_index)
-    if damage == "missing":  # the same manifest, so that it is not looked at again: a later one is
+    if damage != "manifest":  # the same manifest, so that it is not looked at again: a later one is
         delete_examples(own_index, ids=["tiny-4"])
     wait_for(lambda: generation(served) > 1)
     assert "tiny-3" not in ids(served.stub.FindInfluences(EXAMPLE))
+
+
+def flip(file: Path) -> None:
+    """Changes bytes in the middle of it, and not its size."""
+    content = bytearray(file.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 64)
+    content[middle] = bytes(0xFF - byte for byte in content[middle])
+    file.write_bytes(content)
 
 
 def publish(made: Path, served: Path) -> None:

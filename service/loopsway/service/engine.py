@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from loopsway.indexer import Index, Neighbors, Scores
+from loopsway.indexer.building.verification import check_added
 from loopsway.indexer.config import Resolve
 from loopsway.indexer.search.index import TrajectoryResolve
 from loopsway.indexer.search.nearest import By
@@ -205,6 +206,11 @@ class Engine:
         """
         with self._place(queries) as place:
             return await self._resolve(queries, place)
+
+    async def compare(self, before: Index) -> None:
+        """Raises an IndexDamagedError if what its generation adds to an earlier one is not what was written."""
+        index = self.index
+        await self._ask(lambda go_on: check_added(index.folder, index.manifest, before.manifest, go_on))
 
     async def warm_up(self, worker: ModelWorker) -> None:
         """Loads the model, searches once and answers one query, so that no request pays for what happens but once.

@@ -1,7 +1,8 @@
 """One served index: the generation that answers now, and the newer one that takes its place or is refused.
 
-A new generation is opened and warmed up beside the old one and then takes its place. Requests that run meanwhile finish
-on the old one, which is closed with the last of them. One that can't be opened is refused, and the old one stays.
+A new generation is opened, compared with its digests and warmed up beside the old one, and then takes its place.
+Requests that run meanwhile finish on the old one, which is closed with the last of them. One that is damaged, or can't
+be opened, is refused, and the old one stays.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class ServedIndex:
     async def _opened(self, worker: ModelWorker) -> Engine:
         engine = await asyncio.to_thread(load_engine, self._asked, self._settings)
         try:
+            await engine.compare(self.engine.index)
             await engine.warm_up(worker)
         except BaseException:
             engine.close()

@@ -1,15 +1,15 @@
-"""Reads everything that an index consists of and names what is damaged."""
+"""Reads everything that an index consists of, or what a generation adds to it, and names what is damaged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..progress import BuildProgress
 from ..store.addresses import open_folder
 from ..store.entries import entry_file
-from ..store.folders import Folder, IndexDamagedError
+from ..store.folders import FileFacts, Folder, IndexDamagedError
 from ..store.generation import Generation
 from ..store.manifest import MANIFEST, PLAN, Manifest, history_file
 from ..store.sealed import SealError, read_sealed
@@ -50,7 +50,8 @@ def verify_index(path: str | Path, *, progress: bool = True) -> list[Damage]:
         return [Damage(file=folder.at(MANIFEST), problem=str(error))]
     stored = [Generation(folder / part.folder, part.plan) for part in manifest.parts]
     with BuildProgress(shown=progress) as bars:
-        found = {damage.file: damage for damage in _damaged_files(folder, manifest)}
+        damaged = (*_damaged_files(folder, manifest.all_files), *_damaged_seals(folder, manifest))
+        found = {damage.file: damage for damage in damaged}
         bars.begin("reading blocks", sum(part.plan.num_blocks for part in manifest.parts))
         for generation in stored:
             for block in range(generation.plan.num_blocks):
@@ -60,8 +61,42 @@ def verify_index(path: str | Path, *, progress: bool = True) -> list[Damage]:
     return list(found.values())
 
 
-def _damaged_files(folder: Folder, manifest: Manifest) -> Iterator[Damage]:
-    files = manifest.all_files
+def check_added(folder: Folder, manifest: Manifest, before: Manifest, go_on: Callable[[], object]) -> None:
+    """Compares with its digests what a generation has and another one has not: files, and the blocks of parts.
+
+    Reads that much, on one thread; of an object store nothing, from which whatever is fetched is compared at once.
+
+    Args:
+        folder: of the index.
+        manifest: of the generation.
+        before: of the other one.
+        go_on: is called before each block; what it raises ends this.
+
+    Raises:
+        IndexDamagedError: names the first piece that is not what was written.
+    """
+    if not folder.is_local:
+        return
+    for damage in _damages_added(folder, manifest, before, go_on):
+        raise IndexDamagedError(f"index {folder} is damaged: {damage}; `loopsway verify` names all; rebuild it")
+
+
+def _damages_added(
+    folder: Folder, manifest: Manifest, before: Manifest, go_on: Callable[[], object]
+) -> Iterator[Damage]:
+    known = before.all_files
+    yield from _damaged_files(
+        folder, {name: facts for name, facts in manifest.all_files.items() if known.get(name) != facts}
+    )
+    for part in manifest.parts:
+        if part not in before.parts:
+            stored = Generation(folder / part.folder, part.plan)
+            for block in range(part.plan.num_blocks):
+                go_on()
+                yield from _damages_of(stored, block)
+
+
+def _damaged_files(folder: Folder, files: Mapping[str, FileFacts]) -> Iterator[Damage]:
     sizes = folder.sizes(files)
     for name, facts in files.items():
         if sizes[name] is None:
@@ -70,6 +105,9 @@ def _damaged_files(folder: Folder, manifest: Manifest) -> Iterator[Damage]:
             yield Damage(file=folder.at(name), problem=f"has {sizes[name]:,} bytes, not {facts['size_bytes']:,}")
         elif folder.digest(name) != facts["digest"]:
             yield Damage(file=folder.at(name), problem="does not match its digest")
+
+
+def _damaged_seals(folder: Folder, manifest: Manifest) -> Iterator[Damage]:
     sealed = [f"{part.folder}/{PLAN}" for part in manifest.parts]
     sealed += map(history_file, {*Manifest.kept(folder), manifest.generation})
     for name in sealed:
