@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
+from loopsway.indexer import delete_examples, open_index
 from serving import TASK_SPEC
 
 from .conftest import invoke, run
@@ -55,6 +57,14 @@ def test_the_settings_can_be_checked_without_serving(tiny_index: Path, tmp_path:
     file.write_text(f"indices = [{{ path = '{tiny_index}', model = false }}]\nport = 0\n")
     result = invoke(["serve", "--config", file, "--check-config"])
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "the settings are good")
+    grown = shutil.copytree(tiny_index, tmp_path / "grown.index")
+    delete_examples(grown, ids=[open_index(grown).example(0).id])
+    next(grown.rglob("*deleted*.parquet")).unlink()
+    file.write_text(f"indices = [{{ path = '{grown}', model = false }}]\n")
+    result = invoke(["serve", "--config", file, "--check-config"])
+    *_, served, refused, _ = result.stdout.splitlines()
+    assert (result.exit_code, "generation 1," in served) == (0, True)
+    assert refused.startswith(f"index grown: its last generation would be refused: index {grown} is damaged")
     file.write_text(f"indices = ['{tmp_path / 'none.index'}']\n")
     result = invoke(["serve", "--config", file, "--check-config"])
     assert result.exit_code == 2

@@ -19,14 +19,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loopsway.client import Client, DeadlineError, FailedPreconditionError, NotFoundError
-from loopsway.indexer import compact_index, delete_examples, prune_index
-from loopsway.service import Settings
+from loopsway.indexer import IndexDamagedError, compact_index, delete_examples, prune_index
+from loopsway.service import Settings, create_server
 from loopsway.service.catalog import Catalog
 from loopsway.service.served import ServedIndex
 from loopsway.service.worker import ModelWorker
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, commanded, wait_for, without_model
+from serving import QUERIES, Served, commanded, running, wait_for, without_model
 
 EXAMPLE = pb.FindInfluencesRequest(queries=[pb.Query(example_json=json.dumps(QUERIES[0]))], k=48)
 POLL_S = 0.05
@@ -191,6 +191,48 @@ def test_a_reload_says_why_a_generation_is_refused_and_takes_it_once_it_is_mende
         shutil.copy(own_index / "manifests" / "000002.json", own_index / "manifest.json")
         table.write_bytes(content)
         assert (client.reload_index().generation, client.get_index().refused) == (2, None)
+
+
+@pytest.mark.parametrize("damage", ["table", "manifest", "chunk"])
+def test_a_server_starts_with_the_newest_generation_that_is_sound(
+    index_path: Path, own_index: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    delete_examples(own_index, ids=["tiny-3"])
+    compact_index(own_index, progress=False)
+    delete_examples(own_index, ids=["tiny-4"])
+    if damage == "table":
+        (file,) = own_index.glob("generations/000004/*deleted*.parquet")
+    elif damage == "manifest":
+        file = own_index / "manifest.json"
+        (own_index / "manifests" / "000004.json").unlink()
+    else:  # is missed when it is warmed up; generation 3 is without it, too
+        file = own_index / "generations/000003/arrays.zarr/total_codes/c/0/0"
+    content = file.read_bytes()
+    if damage == "manifest":
+        file.write_bytes(content[:-40])
+    else:
+        file.unlink()
+    sound = without_model(index_path).model_copy(update={"name": "sound"})
+    settings = Settings(indices=(without_model(own_index), sound), port=0, grace_s=0, reload_poll_s=0)
+    refused, answers = ("unknown" if damage == "manifest" else 4), (2 if damage == "chunk" else 3)
+    with running(settings) as (_, port), Client(f"127.0.0.1:{port}") as client:
+        text = f"generation {refused} of index tiny is refused, it answers from generation "
+        assert any(text in each.getMessage() for each in caplog.records if each.levelname == "ERROR")
+        tiny, other = client.get_index("tiny"), client.get_index("sound")
+        assert (tiny.generation, other.generation, other.refused) == (answers, 1, None)
+        assert tiny.refused is not None
+        assert tiny.refused.reason == "its files are damaged or incomplete; `loopsway verify` names them"
+        with pytest.raises(FailedPreconditionError, match=f"generation {refused} of index tiny is refused, generation"):
+            client.reload_index("tiny")
+        file.write_bytes(content)
+        assert (client.reload_index("tiny").generation, client.get_index("tiny").refused) == (4, None)
+
+
+def test_a_server_does_not_start_without_a_generation_of_each_index(index_path: Path, own_index: Path) -> None:
+    (own_index / "generations/000001/examples.parquet").unlink()
+    sound = without_model(index_path).model_copy(update={"name": "sound"})
+    with pytest.raises(IndexDamagedError, match=r"examples\.parquet is missing"):
+        create_server(Settings(indices=(sound, without_model(own_index)), port=0))
 
 
 async def test_a_refused_generation_is_tried_once_more_however_many_ask(own_index: Path) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from importlib import import_module
 
-from loopsway.indexer import open_index
+from loopsway.indexer import Index, open_index
 from loopsway.wire.hosts import is_loopback_host
 
 from .credentials import check_certificate
 from .faults import SettingsError
-from .loading import check_engine, task_of
-from .settings import Settings
+from .loading import check_engine, newest_sound, task_of
+from .settings import IndexSettings, Settings
 
 
 def check_settings(settings: Settings) -> list[str]:
     """Reads everything that the server would, without serving; runs no task.
 
     Returns:
-        A line for each thing found good.
+        A line for each thing found good, and for each index whose last generation would be refused and not served.
 
     Raises:
         ValueError: something is not.
@@ -40,8 +41,7 @@ def check_settings(settings: Settings) -> list[str]:
         check_engine(asked)
         if asked.engine == "ray":
             import_module("loopsway.indexer.cluster")  # says how to install what is missing
-        local = asked.engine == "local"  # else the device is the cluster's
-        index = open_index(asked.path, name=asked.name, device=asked.device if local else "cpu")
+        index, damage = newest_sound(asked, partial(_opened, asked))
         task = task_of(asked, index)
         if index.name in names:
             raise SettingsError(
@@ -50,8 +50,15 @@ def check_settings(settings: Settings) -> list[str]:
         names[index.name] = asked.path
         model = "without its model" if task is None else f"task {task}"
         lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}, {model}")
+        if damage is not None:
+            lines.append(f"index {index.name}: its last generation would be refused: {damage}")
     check_aliases(settings.aliases, names)
     return lines
+
+
+def _opened(asked: IndexSettings, generation: int | None) -> Index:
+    local = asked.engine == "local"  # else the device is the cluster's
+    return open_index(asked.path, generation=generation, name=asked.name, device=asked.device if local else "cpu")
 
 
 def check_aliases(aliases: Mapping[str, str], names: Collection[str]) -> None:

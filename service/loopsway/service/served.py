@@ -2,7 +2,7 @@
 
 A new generation is opened, compared with its digests and warmed up beside the old one, and then takes its place.
 Requests that run meanwhile finish on the old one, which is closed with the last of them. One that is damaged, or can't
-be opened, is refused, and the old one stays.
+be opened, is refused, and the old one stays; when a server starts, that is the newest one that can be opened.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Literal
 from loopsway.indexer import IndexDamagedError, LoadError, StorageError
 from loopsway.indexer.memory import is_out_of_memory
 from loopsway.indexer.store.addresses import open_folder
-from loopsway.indexer.store.manifest import MANIFEST, Manifest
+from loopsway.indexer.store.manifest import MANIFEST
 
 from .engine import Engine
 from .errors import UnavailableError
-from .loading import load_engine
+from .loading import earlier_sound, load_engine, newest_sound, published_generation
 from .settings import IndexSettings, Settings
 from .worker import ModelWorker
 
@@ -69,16 +69,23 @@ class ServedIndex:
         # Of the manifest that was last looked at, served or refused; "" to look again. It is read before the index is
         # opened: what is published meanwhile is seen later.
         self._digest = _manifest_digest(asked)
-        self.engine: Engine = load_engine(asked, settings)
         self.refused: RefusedGeneration | None = None
         self.outcomes: Counter[Outcome] = Counter()
+        self.engine, damage = newest_sound(asked, self._load)
+        if damage is not None:
+            self._refuse(damage, published_generation(asked))
         self._lock = asyncio.Lock()
         self._num_begun = self._num_done = 0  # looks that were asked for; of the last that ended well, its number
 
     async def start(self, worker: ModelWorker) -> None:
-        """Warms it up."""
+        """Warms it up, or the newest generation before it that can be."""
         async with self._lock:
-            await self.engine.warm_up(worker)
+            while True:
+                try:
+                    await self.engine.warm_up(worker)
+                    return
+                except IndexDamagedError as error:
+                    await self._fall_back(error)
 
     async def look(self, worker: ModelWorker, *, again: bool = False) -> None:
         """Takes over what was published since the last look, or refuses it.
@@ -107,7 +114,7 @@ class ServedIndex:
         try:
             engine = await self._opened(worker)
         except Exception as error:
-            await self._refuse(error)
+            self._refuse(error, await asyncio.to_thread(published_generation, self._asked))
             return
         self._take(engine)
 
@@ -116,7 +123,7 @@ class ServedIndex:
         self.outcomes["failed"] += 1
 
     async def _opened(self, worker: ModelWorker) -> Engine:
-        engine = await asyncio.to_thread(load_engine, self._asked, self._settings)
+        engine = await asyncio.to_thread(self._load)
         try:
             await engine.compare(self.engine.index)
             await engine.warm_up(worker)
@@ -125,6 +132,16 @@ class ServedIndex:
             raise
         return engine
 
+    async def _fall_back(self, damage: IndexDamagedError) -> None:
+        """Puts an earlier generation in place of the one that answers; raises the damage if there is none."""
+        damaged, newest = self.engine.index.generation, self.refused
+        self.engine = await asyncio.to_thread(earlier_sound, self._asked, self._load, damaged, damage)
+        self._refuse(damage, damaged)
+        self.refused = newest or self.refused
+
+    def _load(self, generation: int | None = None) -> Engine:
+        return load_engine(self._asked, self._settings, generation=generation)
+
     def _take(self, engine: Engine) -> None:
         _log.info("index %s answers from generation %d, no more from %d", engine.name, engine.index.generation,
                   self.engine.index.generation)  # fmt: skip
@@ -132,19 +149,16 @@ class ServedIndex:
         self.refused = None
         self.engine = engine  # the old one closes when the last request lets it go
 
-    async def _refuse(self, error: Exception) -> None:
+    def _refuse(self, error: Exception, generation: int | None) -> None:
         is_final = not (isinstance(error, StorageError | UnavailableError) or is_out_of_memory(error))
         if not is_final:
             self._digest = ""
         self.outcomes["refused" if is_final else "failed"] += 1
         self.refused = RefusedGeneration(
-            generation=await asyncio.to_thread(_published_generation, self._asked),
-            reason=_reason(error),
-            refused_at=datetime.now(UTC),
-            is_final=is_final,
+            generation=generation or 0, reason=_reason(error), refused_at=datetime.now(UTC), is_final=is_final
         )
-        _log.error("a new generation of index %s is refused, generation %d goes on: %s", self.engine.name,
-                   self.engine.index.generation, error)  # fmt: skip
+        _log.error("generation %s of index %s is refused, it answers from generation %d: %s", generation or "unknown",
+                   self.engine.name, self.engine.index.generation, error)  # fmt: skip
 
 
 def _reason(error: Exception) -> str:
@@ -171,10 +185,3 @@ def _manifest_digest(asked: IndexSettings) -> str:
         return hashlib.sha256(open_folder(asked.path).read(MANIFEST)).hexdigest()
     except FileNotFoundError:
         return "none"  # being replaced, or gone: to open it says which
-
-
-def _published_generation(asked: IndexSettings) -> int:
-    try:
-        return Manifest.read(open_folder(asked.path)).generation
-    except (ValueError, OSError):
-        return 0

@@ -236,8 +236,7 @@ class Manifest:
         if not is_published(folder):
             return []
         last = Manifest.read(folder).generation  # what a publication that was cut wrote beside it is not kept
-        numbers = (int(Path(file).stem) for file in folder.files(HISTORY) if file.endswith(".json"))
-        return sorted({last, *(number for number in numbers if number < last)})
+        return sorted({last, *(number for number in history_numbers(folder) if number < last)})
 
 
 def is_published(folder: Folder) -> bool:
@@ -248,6 +247,11 @@ def is_published(folder: Folder) -> bool:
 def history_file(generation: int) -> str:
     """Where the manifest of a generation stays."""
     return f"{HISTORY}/{generation:06d}.json"
+
+
+def history_numbers(folder: Folder) -> list[int]:
+    """Of the generations whose manifests stayed, from the earliest to the last that was written, published or not."""
+    return sorted(int(Path(file).stem) for file in folder.files(HISTORY) if file.endswith(".json"))
 
 
 def checkpoint_digests(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
