@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopsway.indexer import IndexDamagedError, IndexNotFoundError, open_index
+from loopsway.indexer import IndexDamagedError, IndexNotFoundError, delete_examples, open_index
 
 
 def test_there_is_no_index_where_there_is_none(tmp_path: Path) -> None:
@@ -52,6 +52,20 @@ def test_missing_codes_are_found_when_they_are_read(copied: Path, how: str) -> N
     damage(next(copied.glob("generations/*/arrays.zarr/total_codes/c/1/0")), how)
     with pytest.raises(IndexDamagedError, match="is missing or cut short"):
         index.trajectories(np.ones((4, 256)), ["train/20"])
+
+
+def test_a_table_with_a_changed_byte_is_found_when_it_is_read(copied: Path) -> None:
+    delete_examples(copied, ids=["train/3"])
+    for name in ("deleted", "skipped", "examples"):
+        (table,) = copied.glob(f"generations/*/{name}.parquet")
+        content = bytearray(table.read_bytes())
+        content[len(content) // 3] ^= 1
+        table.write_bytes(content)
+        with pytest.raises(IndexDamagedError, match=rf"{name}\.parquet is damaged: it does not match its digest"):
+            _ = open_index(copied).skipped if name == "skipped" else open_index(copied).examples
+        content[len(content) // 3] ^= 1
+        table.write_bytes(content)
+    assert open_index(copied).num_examples == len(open_index(copied).examples) - 1
 
 
 def test_another_format_version_is_refused(copied: Path) -> None:

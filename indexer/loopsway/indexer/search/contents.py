@@ -21,6 +21,7 @@ import torch
 from ..config import Approximation, Checkpoint, Loop, SketchConfig
 from ..sketches.rotation import rotate_back
 from ..store.addresses import open_folder
+from ..store.files import file_digest
 from ..store.folders import IndexDamagedError, LocalFolder
 from ..store.generation import ROW_AXES, Generation
 from ..store.manifest import Manifest, checkpoint_digests
@@ -300,7 +301,12 @@ class IndexContents:
         return pa.concat_tables(map(self._table, names)).combine_chunks()
 
     def _table(self, name: str, columns: list[str] | None = None) -> Any:
-        with self.folder.local(name, lambda: self.manifest.all_files[name]["digest"]) as file:
+        digest = self.manifest.all_files[name]["digest"]
+        with self.folder.local(name, lambda: digest) as file:
+            if file_digest(file) != digest:  # Parquet itself does not see every changed byte
+                raise IndexDamagedError(
+                    f"{self.folder.at(name)} is damaged: it does not match its digest; `loopsway verify` names more"
+                )
             return pyarrow.parquet.read_table(file, columns=columns)
 
     @property
