@@ -116,6 +116,7 @@ def test_trajectories_have_a_row_for_each_step_of_each_example() -> None:
         standard_errors=numbers,
         queries=(SUMMARY, SUMMARY),
         example_ids=("a", "b"),
+        steps=(0, 3, 5),
         index="tiny",
         generation=1,
         fingerprint="cafe",
@@ -123,7 +124,7 @@ def test_trajectories_have_a_row_for_each_step_of_each_example() -> None:
     frame = asked.to_pandas()
     assert list(frame.columns) == ["query", "example_id", "step", "influence", "standard_error"]
     for row in frame.itertuples():
-        assert row.influence == numbers[row.query, "ab".index(row.example_id), row.step]
+        assert row.influence == numbers[row.query, "ab".index(row.example_id), (0, 3, 5).index(row.step)]
     answered = InfluencerTrajectories(example_ids=("a", "b"), influences=numbers[0], standard_errors=numbers[0])
     assert answered.to_pandas().pivot(index="example_id", columns="step", values="influence").loc["b", 2] == 5
     none = InfluencerTrajectories(example_ids=(), influences=numbers[0, :0], standard_errors=numbers[0, :0])
@@ -137,12 +138,13 @@ def test_a_step_matrix_names_both_steps() -> None:
         standard_errors=numbers,
         queries=(SUMMARY,),
         example_ids=("a",),
+        steps=(1, 4),
         index="tiny",
         generation=1,
         fingerprint="cafe",
     ).to_pandas()
     assert frame.set_index(["train_step", "query_step"])["influence"].to_dict() == {
-        (i, j): numbers[0, 0, i, j] for i in range(3) for j in range(2)
+        (i, step): numbers[0, 0, i, j] for i in range(3) for j, step in enumerate((1, 4))
     }
 
 

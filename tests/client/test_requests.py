@@ -32,6 +32,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str | None, str]] = {
     "mode": (lambda c: c.find_influences(ONE, resolve="both"), "resolve", "expected one of query_step, train_step"),
     "matrix": (lambda c: c.find_influences(ONE, resolve="step_matrix"), "resolve", "expected one of"),
     "no steps": (lambda c: c.find_influences(ONE, steps=[]), "steps", "leave it None for all"),
+    "no steps of trajectories": (lambda c: c.get_trajectories(ONE, ["a"], steps=()), "steps", "leave it None for all"),
     "step": (lambda c: c.find_influences(ONE, steps=[0, 1 << 31]), "steps[1]", "whole number of 32 bits"),
     "one id": (lambda c: c.get_trajectories(ONE, "a"), "example_ids", r"write \['a'\]"),
 }

@@ -294,6 +294,42 @@ def test_an_unknown_example_is_named(one_bit: tuple[Index, np.ndarray]) -> None:
         index.trajectories(queries, ["train/0", "train/999"])
 
 
+@pytest.mark.parametrize("resolve", [*RESOLVES, "step_matrix"])
+@pytest.mark.parametrize("steps", [[2], [2, 0], [1, 1, 2], []])
+def test_a_trajectory_over_some_steps_is_those_of_the_whole(
+    built: tuple[Index, np.ndarray], resolve: Any, steps: list[int]
+) -> None:
+    index, queries = built
+    ids, places = ["train/3", "train/140", "train/3"], list(dict.fromkeys(steps))
+    whole = index.trajectories_with_errors(queries, ids, resolve)
+    found = index.trajectories_with_errors(queries, ids, resolve, steps)
+    for got, every in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(got, every[..., places])
+        assert got.dtype == np.float32
+
+
+def test_a_trajectory_reads_the_slots_of_its_steps_alone(
+    one_bit: tuple[Index, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, queries = one_bit
+    read: list[int | None] = []
+    decoded = index.codes.decoded
+    monkeypatch.setattr(index.codes, "decoded", lambda slot, rows: (read.append(slot), decoded(slot, rows))[1])
+    for resolve in ("train_step", "same_step"):
+        index.trajectories(queries, ["train/0"], resolve, steps=[1, 3])
+        assert sorted(read) == [1, 3]  # type: ignore[type-var]
+        read.clear()
+
+
+def test_a_step_that_a_trajectory_does_not_have_is_named(one_bit: tuple[Index, np.ndarray]) -> None:
+    index, _ = one_bit
+    longer = np.ones((7, WIDTH), np.float32)
+    assert index.trajectories(longer, ["train/0"], "step_matrix", steps=[6]).shape == (1, 1, index.num_steps, 1)
+    for resolve, most in (("query_step", 6), ("train_step", 3), ("step_matrix", 6)):
+        with pytest.raises(ValueError, match=f"step 7 does not exist; expected 0 to {most}"):
+            index.trajectories(longer, ["train/0"], resolve, steps=[7])  # type: ignore[arg-type]
+
+
 def test_recall_is_measured(built: tuple[Index, np.ndarray]) -> None:
     index, _ = built
     assert index.recall["recall@10"] >= 0.99

@@ -87,6 +87,23 @@ def test_trajectories_are_those_of_the_index(served: Served, index: Index, sketc
     ):
         np.testing.assert_array_equal(from_tensor(tensor, dtype="float32", shape=expected.shape), expected)
     assert [query.step_count for query in response.queries] == [3] * 4
+    assert list(response.steps) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trajectories_of_some_steps_are_those_of_the_whole_ascending(
+    served: Served, index: Index, sketches: np.ndarray, mode: Any
+) -> None:
+    ids = ["tiny-3", "tiny-47"]
+    queries = [sketch_query(index, value) for value in sketches]
+    request = pb.GetTrajectoriesRequest(queries=queries, example_ids=ids, resolve=MODES[mode], steps=[2, 0])
+    response = served.stub.GetTrajectories(request)
+    assert list(response.steps) == [0, 2]
+    for tensor, whole in (
+        (response.influences, index.trajectories(sketches, ids, resolve=mode)),
+        (response.standard_errors, index.standard_errors(sketches, ids, resolve=mode)),
+    ):
+        np.testing.assert_array_equal(from_tensor(tensor, dtype="float32"), whole[..., [0, 2]])
 
 
 def test_many_examples_are_measured_in_blocks_with_the_same_numbers(
@@ -128,7 +145,22 @@ def test_queries_of_other_lengths_are_answered_beside_each_other(served: Served,
     per_train_step = pb.GetTrajectoriesRequest(
         queries=queries, example_ids=["tiny-0"], resolve=pb.RESOLVE_MODE_TRAIN_STEP
     )
-    assert list(served.stub.GetTrajectories(per_train_step).influences.shape) == [3, 1, 3]
+    response = served.stub.GetTrajectories(per_train_step)
+    assert (list(response.influences.shape), list(response.steps)) == ([3, 1, 3], [0, 1, 2])
+    for mode, shape in ((pb.RESOLVE_MODE_QUERY_STEP, [1, 1, 1]), (pb.RESOLVE_MODE_STEP_MATRIX, [1, 1, 3, 1])):
+        alone = [
+            served.stub.GetTrajectories(
+                pb.GetTrajectoriesRequest(queries=[query], example_ids=["tiny-0"], resolve=mode, steps=[1])
+            ).influences
+            for query in queries
+        ]
+        together = served.stub.GetTrajectories(
+            pb.GetTrajectoriesRequest(queries=queries, example_ids=["tiny-0"], resolve=mode, steps=[1])
+        ).influences
+        assert [list(each.shape) for each in alone] == [shape] * 3
+        np.testing.assert_allclose(
+            from_tensor(together), np.concatenate([from_tensor(each) for each in alone]), rtol=ROUNDING, atol=1e-7
+        )
 
 
 def test_an_indexed_example_as_query_is_its_own_strongest_proponent(served: Served) -> None:

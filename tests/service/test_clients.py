@@ -98,7 +98,7 @@ def test_results_are_those_of_the_index(served: Served, index: Index, sketches: 
     with Client(served.target) as client:
         (result,) = client.find_influences([SketchQuery(sketches[0], index.fingerprint)], k=3, steps=[1])
         trajectories = client.get_trajectories(
-            [SketchQuery(sketches[0], index.fingerprint)], ids, resolve="step_matrix"
+            [SketchQuery(sketches[0], index.fingerprint)], ids, resolve="step_matrix", steps=[2, 1]
         )
     expected = index.search(sketches[0], k=3, steps=[1])
     proponents = expected.total.proponents
@@ -112,8 +112,10 @@ def test_results_are_those_of_the_index(served: Served, index: Index, sketches: 
     assert result.total.proponents[0].description == first.description
     assert result.total.proponents[0].metadata == first.metadata | {"big": str(first.metadata["big"])}
     assert isinstance(result.total.proponents[0].metadata["row"], int)
-    np.testing.assert_array_equal(trajectories.influences, index.trajectories(sketches[0], ids, "step_matrix"))
-    np.testing.assert_array_equal(trajectories.standard_errors, index.standard_errors(sketches[0], ids, "step_matrix"))
+    assert trajectories.steps == (1, 2)
+    columns = index.trajectories_with_errors(sketches[0], ids, "step_matrix", [1, 2])
+    np.testing.assert_array_equal(trajectories.influences, columns[0])
+    np.testing.assert_array_equal(trajectories.standard_errors, columns[1])
     with pytest.raises(FrozenInstanceError):
         result.index = "other"  # type: ignore[misc]
 
@@ -123,11 +125,14 @@ async def test_both_clients_give_the_same_answers(served: Served, index: Index, 
     with Client(served.target) as client:
         info = await asyncio.to_thread(client.get_index)
         results = await asyncio.to_thread(client.find_influences, queries, k=4, resolve="train_step")
-        trajectories = await asyncio.to_thread(client.get_trajectories, queries, ["tiny-0"], resolve="same_step")
+        trajectories = await asyncio.to_thread(
+            client.get_trajectories, queries, ["tiny-0"], resolve="same_step", steps=[1]
+        )
     async with AsyncClient(served.target) as client:
         assert await client.get_index("tiny") == info
         assert await client.find_influences(queries, k=4, resolve="train_step") == results
-        again = await client.get_trajectories(queries, ["tiny-0"], resolve="same_step")
+        again = await client.get_trajectories(queries, ["tiny-0"], resolve="same_step", steps=[1])
+    assert again.steps == trajectories.steps == (1,)
     np.testing.assert_array_equal(again.influences, trajectories.influences)
     np.testing.assert_array_equal(again.standard_errors, trajectories.standard_errors)
     assert again.queries == trajectories.queries

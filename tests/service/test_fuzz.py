@@ -67,7 +67,8 @@ def seeds(index: Index) -> dict[str, list[list[Any]]]:
         "FindInfluences": [[find], [lone]],
         "StreamInfluences": [[pb.StreamInfluencesRequest(tag=str(i), request=lone) for i in range(2)]],
         "GetTrajectories": [
-            [pb.GetTrajectoriesRequest(queries=[sketch], example_ids=ids, resolve=pb.RESOLVE_MODE_STEP_MATRIX)]
+            [pb.GetTrajectoriesRequest(queries=[sketch], example_ids=ids, resolve=mode, steps=steps)]
+            for mode, steps in ((pb.RESOLVE_MODE_STEP_MATRIX, []), (pb.RESOLVE_MODE_TRAIN_STEP, [0, 2]))
         ],
         "ScoreExamples": [[pb.ScoreExamplesRequest(queries=[sketch], top_share=0.1, where="row < 40", steps=[1])]],
         "FindNeighbors": [[pb.FindNeighborsRequest(example_ids=ids, k=2, step=1, threshold=0.1)]],

@@ -70,6 +70,11 @@ CASES: dict[str, tuple[Any, str, str]] = {
     ),
     "where": (pb.FindInfluencesRequest(queries=[OK], where="row < 9999"), "where", "10 characters, expected at most 9"),
     "steps": (pb.FindInfluencesRequest(queries=[OK], steps=range(5)), "steps", "5 steps, expected at most 4"),
+    "steps of trajectories": (
+        pb.GetTrajectoriesRequest(queries=[OK], example_ids=["tiny-0"], steps=range(5)),
+        "steps",
+        "5 steps, expected at most 4",
+    ),
     "ids": (
         pb.GetTrajectoriesRequest(queries=[OK], example_ids=["tiny-0"] * 6),
         "example_ids",

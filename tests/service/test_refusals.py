@@ -161,10 +161,19 @@ def test_wrong_trajectory_requests_are_named(served: Served, index: Index) -> No
     assert asked(example_ids=[])[:2] == (INVALID, "example_ids")
     assert asked(index="nope")[:2] == (NOT_FOUND, "index")
     assert asked(resolve=99)[:2] == (INVALID, "resolve")
+    for case in ("negative step", "repeated step", "step beyond the loop"):
+        change, code, field, text = WRONG_REQUESTS[case]
+        for resolve in (pb.RESOLVE_MODE_QUERY_STEP, pb.RESOLVE_MODE_TRAIN_STEP, pb.RESOLVE_MODE_STEP_MATRIX):
+            got = asked(resolve=resolve, **change)
+            assert got[:2] == (code, field)
+            assert text in got[2]
     two_lengths = [sketch(VALUES, index.fingerprint), sketch(VALUES[:2], index.fingerprint)]
     code, field, said = asked(queries=two_lengths)
     assert (code, field) == (INVALID, "queries")
     assert "[2, 3]" in said
+    code, field, said = asked(queries=two_lengths, steps=[2])  # that one of them has
+    assert (code, field) == (INVALID, "steps")
+    assert "step 2 does not exist; expected 0 to 1" in said
 
 
 def test_an_oversized_message_is_refused_before_it_is_read(serve: Callable[..., Served], index: Index) -> None:
@@ -184,6 +193,8 @@ def test_an_answer_that_would_be_oversized_is_refused_with_the_remedy(
     got = refusal(lambda: served.stub.GetTrajectories(pb.GetTrajectoriesRequest(queries=[small], example_ids=ids)))
     assert got[:2] == (INVALID, "example_ids")
     assert "are 7200 bytes, expected at most 6000: ask for fewer" in got[2]
+    third = pb.GetTrajectoriesRequest(queries=[small], example_ids=ids, steps=[1])
+    assert list(served.stub.GetTrajectories(third).influences.shape) == [1, 300, 1]
     got = refusal(lambda: served.stub.FindInfluences(pb.FindInfluencesRequest(queries=[small], k=8)))
     assert got[:2] == (INVALID, "k")
     assert "has 64 influencers, expected at most 50: lower k" in got[2]

@@ -109,12 +109,13 @@ class AsyncClient:
         example_ids: Sequence[str],
         *,
         resolve: TrajectoryResolve = "query_step",
+        steps: Sequence[int] | None = None,
         index: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Trajectories:
         """As `Client.get_trajectories`."""
-        request = requests.trajectories_request(queries, example_ids, resolve, index)
+        request = requests.trajectories_request(queries, example_ids, resolve, steps, index)
         response = await self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
         return responses.trajectories(response, request.example_ids)
 

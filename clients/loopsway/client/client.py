@@ -152,15 +152,17 @@ class Client:
         example_ids: Sequence[str],
         *,
         resolve: TrajectoryResolve = "query_step",
+        steps: Sequence[int] | None = None,
         index: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Trajectories:
         """The influence of each of the examples on each query, step by step.
 
-        With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query.
+        With `resolve="step_matrix"`, for each pair of a step of the example and a step of the query. `steps` has only
+        these answered, ascending: of the example for "train_step", else of the query.
         """
-        request = requests.trajectories_request(queries, example_ids, resolve, index)
+        request = requests.trajectories_request(queries, example_ids, resolve, steps, index)
         response = self._call(self._stub.GetTrajectories, request, timeout_s, request_id)
         return responses.trajectories(response, request.example_ids)
 

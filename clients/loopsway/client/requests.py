@@ -62,13 +62,18 @@ def influences_request(
 
 
 def trajectories_request(
-    queries: Sequence[Query], example_ids: Sequence[str], resolve: TrajectoryResolve, index: str
+    queries: Sequence[Query],
+    example_ids: Sequence[str],
+    resolve: TrajectoryResolve,
+    steps: Sequence[int] | None,
+    index: str,
 ) -> pb.GetTrajectoriesRequest:
     return pb.GetTrajectoriesRequest(
         index=index,
         queries=query_messages(queries),
         example_ids=_ids(example_ids),
         resolve=_resolve(resolve, get_args(TrajectoryResolve)),
+        steps=_steps(steps),
     )
 
 

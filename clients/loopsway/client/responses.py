@@ -96,6 +96,7 @@ def trajectories(response: pb.GetTrajectoriesResponse, example_ids: Sequence[str
         standard_errors=from_tensor(response.standard_errors, dtype="float32", shape=response.influences.shape),
         queries=tuple(_summary(query) for query in response.queries),
         example_ids=tuple(example_ids),
+        steps=tuple(response.steps),
         index=response.index,
         generation=response.generation,
         fingerprint=response.fingerprint,

@@ -275,6 +275,7 @@ class Trajectories:
         standard_errors: of the influences; the same shape.
         queries: one for each query.
         example_ids: as they were asked for.
+        steps: that the last dimension stands for, ascending: those asked for, or all.
         index: the name of the index that answered.
         generation: the generation of it that answered.
     """
@@ -283,6 +284,7 @@ class Trajectories:
     standard_errors: NDArray[np.float32]
     queries: tuple[QuerySummary, ...]
     example_ids: tuple[str, ...]
+    steps: tuple[int, ...]
     index: str
     generation: int
     fingerprint: str
@@ -292,7 +294,9 @@ class Trajectories:
 
         For "step_matrix" with train_step and query_step instead of step.
         """
-        names = ("step",) if self.influences.ndim == 3 else ("train_step", "query_step")
         axes: dict[str, Sequence[Any]] = {"query": range(len(self.queries)), "example_id": self.example_ids}
-        axes |= {name: range(size) for name, size in zip(names, self.influences.shape[2:], strict=True)}
+        if self.influences.ndim == 3:
+            axes |= {"step": self.steps}
+        else:
+            axes |= {"train_step": range(self.influences.shape[2]), "query_step": self.steps}
         return frames.steps_frame(axes, self.influences, self.standard_errors)

@@ -737,7 +737,9 @@ class FindInfluencesRequest(_message.Message):
     opponent_count: _builtins.int
     """How many opponents to return in each ranking, from 0 to the server's limit for k. Unset means k."""
     include_trajectories: _builtins.bool
-    """Whether the influence of every example in the answer is wanted at every step too, as QueryInfluences.trajectories."""
+    """Whether the influence of every example in the answer is wanted at every step too, as QueryInfluences.trajectories:
+    at all of them, whichever `steps` names.
+    """
     require_full_coverage: _builtins.bool
     """Whether an answer from fewer than all shards is refused, with UNAVAILABLE."""
     @_builtins.property
@@ -932,6 +934,7 @@ class GetTrajectoriesRequest(_message.Message):
     QUERIES_FIELD_NUMBER: _builtins.int
     EXAMPLE_IDS_FIELD_NUMBER: _builtins.int
     RESOLVE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The index's name. May be empty when the server serves exactly one."""
     resolve: Global___ResolveMode.ValueType
@@ -944,6 +947,14 @@ class GetTrajectoriesRequest(_message.Message):
     def example_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The ids of the training examples, at least 1; repeats are answered each."""
 
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The steps to return, without repeats, each from 0 to below the number of steps: of the training examples for
+        RESOLVE_MODE_TRAIN_STEP, else of the queries; for RESOLVE_MODE_STEP_MATRIX too, where each comes with every step of
+        the training examples. Empty means all. The answer has them ascending. Queries of different numbers of steps fit in
+        one request where the steps are named, or are the training examples'.
+        """
+
     def __init__(
         self,
         *,
@@ -951,10 +962,11 @@ class GetTrajectoriesRequest(_message.Message):
         queries: _abc.Iterable[Global___Query] | None = ...,
         example_ids: _abc.Iterable[_builtins.str] | None = ...,
         resolve: Global___ResolveMode.ValueType = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_ids", b"example_ids", "index", b"index", "queries", b"queries", "resolve", b"resolve"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_ids", b"example_ids", "index", b"index", "queries", b"queries", "resolve", b"resolve", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -972,6 +984,7 @@ class GetTrajectoriesResponse(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     index: _builtins.str
     """The name of the index that answered."""
     generation: _builtins.int
@@ -980,8 +993,8 @@ class GetTrajectoriesResponse(_message.Message):
     """The index's fingerprint."""
     @_builtins.property
     def influences(self) -> Global___Tensor:
-        """float32, [queries, example_ids, steps], in the request's order; [queries, example_ids, steps of the training
-        example, steps of the query] for RESOLVE_MODE_STEP_MATRIX. Signed.
+        """float32, [queries, example_ids, steps], queries and examples in the request's order, steps as below; [queries,
+        example_ids, all steps of the training example, steps] for RESOLVE_MODE_STEP_MATRIX. Signed.
         """
 
     @_builtins.property
@@ -992,6 +1005,10 @@ class GetTrajectoriesResponse(_message.Message):
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuerySummary]:
         """What the server found out about each query, in the queries' order."""
 
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The step that each place of the last dimension stands for, ascending: those asked for, or all."""
+
     def __init__(
         self,
         *,
@@ -1001,10 +1018,11 @@ class GetTrajectoriesResponse(_message.Message):
         index: _builtins.str = ...,
         generation: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["influences", b"influences", "standard_errors", b"standard_errors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "influences", b"influences", "queries", b"queries", "standard_errors", b"standard_errors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "index", b"index", "influences", b"influences", "queries", b"queries", "standard_errors", b"standard_errors", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,10 +62,12 @@ class Trajectories:
     """The answer for all queries of one request.
 
     Attributes:
-        influences: float32 [Q, n, S], or [Q, n, S_train, S_query] for "step_matrix".
+        steps: S of them, those of the last dimension.
+        influences: float32 [Q, n, S], or [Q, n, S_train, S] for "step_matrix".
         standard_errors: the same shape.
     """
 
     queries: Sequence[ResolvedQuery]
+    steps: Sequence[int]
     influences: NDArray[np.float32]
     standard_errors: NDArray[np.float32]

@@ -144,7 +144,7 @@ def trajectory_resolve_from(resolve: int) -> TrajectoryResolve:
 
 
 def steps_from(steps: Sequence[int]) -> list[int] | None:
-    """The steps to rank; None for all. Whether the loop is that long is known only once the query is resolved."""
+    """The steps, ascending; None for all. Whether the loop is that long is known only once the query is resolved."""
     for i, step in enumerate(steps):
         if step < 0:
             raise InvalidFieldError(f"step is {step}, expected >= 0", field=f"steps[{i}]")

@@ -85,6 +85,7 @@ def trajectories_response(answer: Trajectories, index: Index) -> pb.GetTrajector
         influences=to_tensor(answer.influences),
         standard_errors=to_tensor(answer.standard_errors),
         queries=[_query_message(query) for query in answer.queries],
+        steps=answer.steps,
         index=index.name,
         generation=index.generation,
         fingerprint=index.fingerprint,

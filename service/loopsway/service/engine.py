@@ -133,7 +133,11 @@ class Engine:
         return [replace(answer, curves=each) for answer, each in zip(answers, await self._ask(measure), strict=True)]
 
     async def trajectories(
-        self, queries: Sequence[Query], example_ids: Sequence[str], resolve: TrajectoryResolve
+        self,
+        queries: Sequence[Query],
+        example_ids: Sequence[str],
+        resolve: TrajectoryResolve,
+        steps: Sequence[int] | None = None,
     ) -> Trajectories:
         """Influences of the examples on each query, step by step; arguments as for `Index.trajectories`.
 
@@ -143,10 +147,11 @@ class Engine:
         self._check_ids(example_ids)
         with self._place(queries, "measure") as place:
             resolved = await self._resolve(queries, place)
-            self._check_size(resolved, len(example_ids), resolve)
-            measure = partial(questions.trajectories, self.index, resolved, example_ids, resolve)
+            self._check_size(resolved, len(example_ids), resolve, steps)
+            measure = partial(questions.trajectories, self.index, resolved, example_ids, resolve, steps)
             influences, errors = await self._ask(measure, place, "measure")
-        return Trajectories(queries=resolved, influences=influences, standard_errors=errors)
+        steps = steps or range(influences.shape[-1])
+        return Trajectories(queries=resolved, steps=steps, influences=influences, standard_errors=errors)
 
     async def scores(
         self,
@@ -230,7 +235,7 @@ class Engine:
             query = ResolvedQuery(sketch=noise.astype(np.float32))
         example_ids = [self.index.example(row).id for row in rows[:1]]
         if example_ids:
-            await self._ask(partial(questions.trajectories, self.index, [query], example_ids, "query_step"))
+            await self._ask(partial(questions.trajectories, self.index, [query], example_ids, "query_step", None))
 
     def close(self) -> None:
         """Frees the model and waits for running searches; drops waiting ones.
@@ -294,9 +299,12 @@ class Engine:
             except LookupError as error:
                 raise UnknownNameError(str(error), field=f"example_ids[{i}]") from error
 
-    def _check_size(self, queries: Sequence[ResolvedQuery], num_examples: int, resolve: str) -> None:
-        steps = max(query.num_steps for query in queries) if resolve != "train_step" else self.index.num_steps
-        slots = steps * self.index.num_steps if resolve == "step_matrix" else steps
+    def _check_size(
+        self, queries: Sequence[ResolvedQuery], num_examples: int, resolve: str, steps: Sequence[int] | None
+    ) -> None:
+        every = max(query.num_steps for query in queries) if resolve != "train_step" else self.index.num_steps
+        num_steps = every if steps is None else len(steps)
+        slots = num_steps * self.index.num_steps if resolve == "step_matrix" else num_steps
         size = 2 * 4 * len(queries) * num_examples * slots  # influences and standard errors, float32
         if size > self._settings.max_message_bytes:
             raise InvalidFieldError(

@@ -46,6 +46,7 @@ LIMITS: dict[str, Limit] = {
     "GetTrajectoriesRequest.index": _INDEX,
     "GetTrajectoriesRequest.queries": _QUERIES,
     "GetTrajectoriesRequest.example_ids": Limit(length="max_id_characters", count="max_example_ids"),
+    "GetTrajectoriesRequest.steps": Limit(count="max_steps"),
     "ScoreExamplesRequest.index": _INDEX,
     "ScoreExamplesRequest.queries": _QUERIES,
     "ScoreExamplesRequest.steps": Limit(count="max_steps"),

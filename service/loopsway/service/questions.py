@@ -109,22 +109,27 @@ def mean_scores(
 
 
 def trajectories(
-    index: Index, queries: Sequence[ResolvedQuery], example_ids: Sequence[str], resolve: TrajectoryResolve, go_on: GoOn
+    index: Index,
+    queries: Sequence[ResolvedQuery],
+    example_ids: Sequence[str],
+    resolve: TrajectoryResolve,
+    steps: Sequence[int] | None,
+    go_on: GoOn,
 ) -> Measured:
     """Influences of the examples on each query, step by step, [Q, n, ...]."""
     groups = _by_steps(queries)
-    if len(groups) > 1 and resolve != "train_step":
+    if len(groups) > 1 and resolve != "train_step" and steps is None:
         counts = sorted({query.num_steps for query in queries})
         raise InvalidFieldError(
-            f"the queries have different numbers of steps, {counts}, which one tensor can't hold; ask for them "
-            "in separate requests",
+            f"the queries have different numbers of steps, {counts}, which one tensor can't hold; name the steps, or "
+            "ask for them in separate requests",
             field="queries",
         )
     results: dict[int, Measured] = {}
     for rows in groups:
         sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
-        with _refusing("resolve"):
-            influences, errors = _measured(index, sketches, example_ids, resolve, go_on)
+        with _refusing("steps" if steps else "resolve"):
+            influences, errors = _measured(index, sketches, example_ids, resolve, steps, go_on)
         results |= zip(rows, zip(influences, errors, strict=True), strict=True)
     ordered = [results[row] for row in range(len(queries))]
     return np.stack([influence for influence, _ in ordered]), np.stack([error for _, error in ordered])
@@ -134,7 +139,7 @@ def curves(index: Index, answer: Influences, num_steps: int, resolve: Resolve, g
     """Of all examples in the answer's rankings."""
     example_ids = answer.example_ids
     if example_ids:
-        influences, errors = _measured(index, np.stack([answer.query.sketch]), example_ids, resolve, go_on)
+        influences, errors = _measured(index, np.stack([answer.query.sketch]), example_ids, resolve, None, go_on)
     else:
         influences = errors = np.zeros((1, 0, num_steps), np.float32)
     return Curves(example_ids=example_ids, influences=influences[0], standard_errors=errors[0])
@@ -145,16 +150,19 @@ def _measured(
     sketches: NDArray[np.float32],
     example_ids: Sequence[str],
     resolve: TrajectoryResolve,
+    steps: Sequence[int] | None,
     go_on: GoOn,
 ) -> Measured:
     """A block of examples at a time: the index decodes all it is asked for."""
     slots = 1 if resolve == "query_step" else index.num_steps
+    if steps is not None and resolve in ("train_step", "same_step"):
+        slots = len(steps)
     size = max(1, DECODED_BYTES // (slots * index.width * 4))
     blocks = [example_ids[start : start + size] for start in range(0, len(example_ids), size)]
     measured = []
     for block in blocks:
         go_on()
-        measured.append(index.trajectories_with_errors(sketches, block, resolve))
+        measured.append(index.trajectories_with_errors(sketches, block, resolve, steps))
     influences, errors = zip(*measured, strict=True)
     return np.concatenate(influences, axis=1), np.concatenate(errors, axis=1)
 

@@ -189,9 +189,10 @@ class Servicer(AttributionServicer):
     async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
         engine, settings = self._engine(request.index), self._settings
         resolve = decoding.trajectory_resolve_from(request.resolve)
+        steps = decoding.steps_from(request.steps)
         example_ids = decoding.example_ids_from(request.example_ids, settings)
         queries = self._queries(request.queries, engine)
-        answer = await engine.trajectories(queries, example_ids, resolve)
+        answer = await engine.trajectories(queries, example_ids, resolve, steps)
         response = await _encoded(lambda: encoding.trajectories_response(answer, engine.index))
         return self._fitting(response, "example_ids")
 

@@ -222,7 +222,11 @@ class Index(IndexContents):
         )
 
     def trajectories(
-        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+        self,
+        query_sketches: Any,
+        example_ids: Sequence[str],
+        resolve: TrajectoryResolve = "query_step",
+        steps: Sequence[int] | None = None,
     ) -> np.ndarray:
         """The influence of chosen examples on each query, step by step.
 
@@ -230,6 +234,8 @@ class Index(IndexContents):
             query_sketches: float32 [T, W] or [Q, T, W].
             example_ids: n ids of indexed examples.
             resolve: as in `search`, or "step_matrix" for every pair of a training step and a query step.
+            steps: only these, in this order, which are read alone; of the query for "step_matrix", each with every
+                training step. None: all.
 
         Returns:
             float32 [Q, n, T] (train_step: [Q, n, S]); "step_matrix": [Q, n, S, T]. Over query_step it adds up to the
@@ -239,40 +245,44 @@ class Index(IndexContents):
             ValueError: as in `search`.
             UnknownExampleError: an id is not in the index.
         """
-        return self.trajectories_with_errors(query_sketches, example_ids, resolve)[0]
+        return self.trajectories_with_errors(query_sketches, example_ids, resolve, steps)[0]
 
     def standard_errors(
-        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+        self,
+        query_sketches: Any,
+        example_ids: Sequence[str],
+        resolve: TrajectoryResolve = "query_step",
+        steps: Sequence[int] | None = None,
     ) -> np.ndarray:
         """The standard error of each number of `trajectories`, of the same shape."""
-        return self.trajectories_with_errors(query_sketches, example_ids, resolve)[1]
+        return self.trajectories_with_errors(query_sketches, example_ids, resolve, steps)[1]
 
     def trajectories_with_errors(
-        self, query_sketches: Any, example_ids: Sequence[str], resolve: TrajectoryResolve = "query_step"
+        self,
+        query_sketches: Any,
+        example_ids: Sequence[str],
+        resolve: TrajectoryResolve = "query_step",
+        steps: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`trajectories` and `standard_errors` at the cost of one of them."""
         sketches, _ = checked_sketches(query_sketches, self.width)
         rows = np.array([self.row_of(example_id) for example_id in example_ids], dtype=np.int64)
-        query_steps = sketches.shape[1]
         if resolve == "step_matrix":
-            wanted = [Pair(slot, step) for slot in range(self.num_steps) for step in range(query_steps)]
+            chosen = chosen_steps(steps, sketches.shape[1])
+            wanted = [Pair(slot, step) for slot in range(self.num_steps) for step in chosen]
         else:
-            wanted = pairs(resolve, self.num_steps, query_steps)
+            every = pairs(resolve, self.num_steps, sketches.shape[1])
+            wanted = [every[step] for step in chosen_steps(steps, len(every))]
         vectors = query_vectors(sketches, self.config)  # [Q, T + 1, W]
         decoded = {slot: self.codes.decoded(slot, rows) for slot in {pair.slot for pair in wanted}}
-        influences = np.stack(
-            [inner_products(vectors[:, p.query], decoded[p.slot]) for p in wanted], axis=2
-        )  # [Q, n, .]
         norms = np.linalg.norm(vectors, axis=2)
-        errors = np.stack(
-            [
-                self._errors(influences[:, :, place], self.codes.norms_of(pair.slot, rows), norms[:, pair.query, None])
-                for place, pair in enumerate(wanted)
-            ],
-            axis=2,
-        )
+        influences = np.empty((len(sketches), len(rows), len(wanted)), np.float32)
+        errors = np.empty_like(influences)
+        for place, (slot, query) in enumerate(wanted):
+            found = influences[:, :, place] = inner_products(vectors[:, query], decoded[slot])  # [Q, n]
+            errors[:, :, place] = self._errors(found, self.codes.norms_of(slot, rows), norms[:, query, None])
         if resolve == "step_matrix":
-            shape = (len(sketches), len(rows), self.num_steps, query_steps)
+            shape = (len(sketches), len(rows), self.num_steps, len(wanted) // self.num_steps)
             return influences.reshape(shape), errors.reshape(shape)
         return influences, errors
 
