@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -23,18 +26,21 @@ from loopsway.client import (
     Client,
     ExampleQuery,
     InfluenceResult,
+    NotFoundError,
     OverloadedError,
     PermissionDeniedError,
     SketchQuery,
     Tls,
     UnavailableError,
 )
+from loopsway.indexer import Index
 from loopsway.service import Settings, SettingsError, TlsSettings, TokenSettings, check_settings
 from loopsway.service.authentication import SCOPES
-from loopsway.service.tokens import digest, new_token
+from loopsway.service.errors import RateError
+from loopsway.service.tokens import Tokens, digest, new_token
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.attribution_pb2_grpc import AttributionStub
-from serving import QUERIES, Served, running, without_model
+from serving import QUERIES, Served, commanded, running, wait_for, without_model
 
 READER, STRANGER, SLOW, ADMIN = new_token(), new_token(), new_token(), new_token()
 TOKENS = (
@@ -133,6 +139,95 @@ def test_only_the_scope_admin_of_the_very_index_lets_it_be_reloaded(guarded: Ser
         for name in ("", "tiny"):
             assert client.reload_index(name).generation == 1
         assert [index.name for index in client.list_indices()] == ["tiny"], "who may change may read"
+
+
+def written(config: Path, index_path: Path, tokens: dict[str, tuple[str, str]], *, more: str = "") -> None:
+    """A settings file with these tokens, by name, and the index that each may ask."""
+    text = f"port = 0\nindices = [{{path = '{index_path}', model = false}}]\n{more}\n"
+    for name, (token, read) in tokens.items():
+        text += f"[[tokens]]\nname = '{name}'\nsha256 = '{digest(token)}'\nread = ['{read}']\n"
+    config.write_text(text)
+
+
+def test_sighup_revokes_tokens_and_lets_new_ones_in(index_path: Path, index: Index, tmp_path: Path) -> None:
+    config, log = tmp_path / "serve.toml", tmp_path / "log"
+    alice, bob, carol = new_token(), new_token(), new_token()
+    written(config, index_path, {"alice": (alice, "tiny"), "bob": (bob, "tiny")})
+    with commanded(config) as (child, nobody):
+        target = f"127.0.0.1:{json.loads((tmp_path / 'ready.json').read_text())['port']}"
+
+        def shown(token: str) -> list[str]:
+            with Client(target, token=token) as client:
+                return [each.name for each in client.list_indices()]
+
+        def reread(said: str) -> None:
+            lines = log.read_text().count(said)
+            child.send_signal(signal.SIGHUP)
+            wait_for(lambda: log.read_text().count(said) > lines)
+
+        def refused(*tokens: str) -> None:
+            for token in tokens:
+                with pytest.raises(AuthenticationError):
+                    shown(token)
+            with pytest.raises(AuthenticationError):
+                nobody.list_indices()
+
+        queries: SimpleQueue[SketchQuery | None] = SimpleQueue()
+        query = SketchQuery(np.ones((3, index.width), np.float32), index.fingerprint)
+        with Client(target, token=alice) as client:
+            answers = client.stream_influences(iter(queries.get, None), batch=1)
+            queries.put(query)
+            assert isinstance(next(answers), InfluenceResult)
+            written(config, index_path, {"carol": (carol, "tiny"), "bob": (bob, "other")})
+            assert (shown(alice), shown(bob)) == (["tiny"], ["tiny"]), "unasked"
+            reread("the tokens are carol, bob")
+            queries.put(query)
+            queries.put(None)
+            with pytest.raises(AuthenticationError):  # a stream does not outlast its token
+                next(answers)
+        refused(alice)
+        assert (shown(carol), shown(bob)) == (["tiny"], [])
+
+        config.write_text("tokens = 3")
+        reread("ERROR")
+        written(config, index_path, {"alice": (alice, "tiny")}, more="aliases = {live = 'none'}")
+        reread("the aliases and tokens stay as they are: alias live is of index none")
+        refused(alice)
+        assert shown(carol) == ["tiny"]
+
+        written(config, index_path, {})
+        reread("no token is left, and all callers are refused")
+        refused(alice, bob, carol)
+        written(config, index_path, {"alice": (alice, "tiny")})
+        reread("the tokens are alice")
+        refused(bob, carol)
+        assert shown(alice) == ["tiny"]
+    assert not any(token in log.read_text() for token in (alice, bob, carol))
+
+
+def test_tokens_given_to_a_server_that_wants_none_are_an_error_in_its_log(index_path: Path, tmp_path: Path) -> None:
+    config, log = tmp_path / "serve.toml", tmp_path / "log"
+    written(config, index_path, {})
+    with commanded(config) as (child, client):
+        written(config, index_path, {"reader": (READER, "tiny")}, more="aliases = {live = 'tiny'}")
+        child.send_signal(signal.SIGHUP)
+        wait_for(lambda: "this server was started without any: it asks nobody for one" in log.read_text())
+        assert [index.name for index in client.list_indices()] == ["tiny"]
+        with pytest.raises(NotFoundError):
+            client.get_index("live")
+
+
+def test_a_token_that_stays_keeps_what_it_used_up_of_its_rate() -> None:
+    slow = TOKENS[2]
+    tokens = Tokens([slow])
+    for _ in range(slow.burst):
+        tokens.admit(SLOW)
+    tokens.replace([slow, TOKENS[0]])
+    with pytest.raises(RateError, match="token slow allows"):
+        tokens.admit(SLOW)
+    assert tokens.admit(READER).token == TOKENS[0]
+    tokens.replace([slow.model_copy(update={"name": "fast", "requests_per_second": None})])
+    assert tokens.admit(SLOW).token.name == "fast"
 
 
 def test_too_many_requests_with_a_token_are_refused_with_when_to_come_back(guarded: Served) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
 import grpc
@@ -11,7 +11,6 @@ import grpc.aio
 from .errors import ForbiddenError, RequestError
 from .record import note
 from .refusals import refuse
-from .settings import TokenSettings
 from .tokens import CALLER, Caller, Scope, Tokens
 
 ATTRIBUTION = "/loopsway.v1.Attribution/"
@@ -38,8 +37,8 @@ SCOPES: dict[str, Scope | Literal["open"]] = {
 class Authentication(grpc.aio.ServerInterceptor):
     """Lets requests pass that bring one of the tokens."""
 
-    def __init__(self, tokens: Sequence[TokenSettings]) -> None:
-        self._tokens = Tokens(tokens)
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
 
     async def intercept_service(
         self,

@@ -25,12 +25,14 @@ from .authentication import Authentication
 from .catalog import Catalog
 from .checks import check_exposure, check_tracing
 from .credentials import server_credentials
+from .faults import SettingsError
 from .logs import configure_logs
 from .metrics import Metrics
 from .observation import Observation
 from .reception import Reception
 from .servicer import Servicer
 from .settings import Settings
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .tracing import Tracing
@@ -52,6 +54,7 @@ class Server:
 
     def __init__(self, settings: Settings, tracer_provider: Any = None) -> None:
         self.catalog, self._settings = Catalog(settings), settings
+        self._tokens = Tokens(settings.tokens) if settings.tokens else None
         self.metrics = Metrics(self.catalog)
         self.metrics_port: int | None = None
         self._tracing = _tracing(settings, tracer_provider)
@@ -59,7 +62,7 @@ class Server:
         self._grpc = grpc.aio.server(
             interceptors=[
                 Observation(self.metrics, self._tracing),
-                *([Authentication(settings.tokens)] if settings.tokens else []),
+                *([] if self._tokens is None else [Authentication(self._tokens)]),
                 Reception(settings),
             ],
             options=[
@@ -108,6 +111,29 @@ class Server:
         await self.catalog.start(lambda name: self._report([name], serving=True))
         await self._report(["", SERVICE], serving=True)
 
+    def take(self, settings: Settings) -> None:
+        """Takes the aliases and the tokens of these settings, both or neither, in place of those before.
+
+        Whether callers need a token was settled when the server was made: where they do and none is left, all are
+        refused.
+
+        Raises:
+            SettingsError: an alias is none, or there are tokens and the server lets in whoever has none.
+        """
+        if settings.tokens and self._tokens is None:
+            raise SettingsError(
+                "there are tokens, and this server was started without any: it asks nobody for one until it is started "
+                "again"
+            )
+        self.catalog.alias(settings.aliases)
+        if self._tokens is None:
+            return
+        self._tokens.replace(settings.tokens)
+        if settings.tokens:
+            _log.info("the tokens are %s", ", ".join(token.name for token in settings.tokens))
+        else:
+            _log.warning("no token is left, and all callers are refused; to serve without any, start the server again")
+
     async def stop(self) -> None:
         """Refuses new requests, gives running ones `grace_s` to finish, then closes the indices."""
         await self._health.enter_graceful_shutdown()
@@ -146,13 +172,13 @@ def create_server(settings: Settings, *, tracer_provider: Any = None) -> tuple[S
 def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callable[[], Settings] | None = None) -> None:
     """Serves the indices until SIGTERM or SIGINT, then drains. Blocks; call it in the main thread.
 
-    SIGHUP looks for new generations at once, and reads aliases again.
+    SIGHUP looks for new generations at once, and reads aliases and tokens again.
 
     Args:
         settings: the indices, the limits and the address.
         ready_file: is written, whole, once the server is SERVING: JSON with "port" and "pid"; removed at the end.
             A file that is there already is removed first.
-        reread: gives the settings as they are now, for their aliases; None: those given stay.
+        reread: gives the settings as they are now, for their aliases and tokens; None: those given stay.
 
     Raises:
         LoadError: a task can't be loaded, or its model makes other sketches than its index holds.
@@ -169,7 +195,7 @@ async def _serve(settings: Settings, ready_file: Path | None, reread: Callable[[
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, _look_again, server.catalog, reread)
+    loop.add_signal_handler(signal.SIGHUP, _look_again, server, reread)
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     try:
@@ -195,14 +221,14 @@ def _tracing(settings: Settings, provider: Any) -> Tracing | None:
     return Tracing(provider)
 
 
-def _look_again(catalog: Catalog, reread: Callable[[], Settings] | None) -> None:
-    catalog.look()
+def _look_again(server: Server, reread: Callable[[], Settings] | None) -> None:
+    server.catalog.look()
     if reread is None:
         return
     try:
-        catalog.alias(reread().aliases)
+        server.take(reread())
     except (ValueError, OSError) as error:
-        _log.error("the aliases stay as they are: %s", error)
+        _log.error("the aliases and tokens stay as they are: %s", error)
 
 
 async def _start_unless(server: Server, stopping: asyncio.Event) -> None:

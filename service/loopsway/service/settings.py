@@ -107,7 +107,8 @@ class Settings(BaseSettings):
         port: 0 lets the system pick a free one.
         insecure_bind: listen on `host` without them: everybody who reaches it may ask or listen in.
         tls: None: the server speaks plaintext.
-        tokens: one of them comes with every request. Empty: whoever reaches the server may ask.
+        tokens: one of them comes with every request; read again on SIGHUP. Empty at the start: whoever reaches the
+            server may ask, until it is started again. Empty later: nobody may.
         max_message_bytes: largest request accepted and largest response sent.
         max_queries: in one request.
         max_k: proponents, and opponents, in one ranking.

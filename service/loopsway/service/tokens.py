@@ -19,6 +19,7 @@ Scope = Literal["read", "admin"]
 _Value = TypeVar("_Value")
 
 ALL = "*"
+UNKNOWN = "this server does not know the token; ask whoever runs it for one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ class Caller:
 
     @property
     def token(self) -> TokenSettings:
+        """As the server knows it now, which a stream may outlast.
+
+        Raises:
+            UnknownCallerError: it was revoked meanwhile.
+        """
         return self.bucket.token
 
     @property
@@ -61,6 +67,7 @@ def check_allowed(index: str) -> None:
 
     Raises:
         ForbiddenError: it may not.
+        UnknownCallerError: its token was revoked meanwhile.
     """
     caller = CALLER.get()
     if caller is None or (caller.may_use(index) if index else caller.indices):
@@ -87,11 +94,19 @@ def digest(token: str) -> str:
 
 
 class Tokens:
-    """The tokens that a server knows. Use it within one event loop."""
+    """The tokens that a server knows; without any, it admits nobody. Use it within one event loop."""
 
     def __init__(self, tokens: Sequence[TokenSettings]) -> None:
-        self._tokens = tuple(tokens)
-        self._buckets = {token.name: Bucket(token) for token in tokens}
+        self._buckets = {token.sha256: Bucket(token) for token in tokens}
+
+    def replace(self, tokens: Sequence[TokenSettings]) -> None:
+        """Knows these from now on, and no others. One that it knew before keeps what is used up of its rate."""
+        before, self._buckets = self._buckets, {}
+        for token in tokens:
+            bucket = self._buckets[token.sha256] = before.pop(token.sha256, None) or Bucket(token)
+            bucket.change(token)
+        for revoked in before.values():
+            revoked.change(None)
 
     def admit(self, token: str | None) -> Bucket:
         """The bucket of the known token that this is, which counts one request.
@@ -107,20 +122,35 @@ class Tokens:
             )
         # All are compared, each in constant time, so that time tells nothing of the hashes.
         given = digest(token)
-        found = [known for known in self._tokens if hmac.compare_digest(known.sha256, given)]
+        found = [bucket for sha256, bucket in self._buckets.items() if hmac.compare_digest(sha256, given)]
         if not found:
-            raise UnknownCallerError("this server does not know the token; ask whoever runs it for one")
-        bucket = self._buckets[found[0].name]
-        bucket.take()
-        return bucket
+            raise UnknownCallerError(UNKNOWN)
+        found[0].take()
+        return found[0]
 
 
 class Bucket:
     """Fills up with requests that may be made with a token, to its `burst` at most. Use it within one event loop."""
 
     def __init__(self, token: TokenSettings) -> None:
-        self.token, self._filled, self._time = token, float(token.burst), time.monotonic()
+        self._token: TokenSettings | None = token
+        self._filled, self._time = float(token.burst), time.monotonic()
         self._turn = asyncio.Lock()
+
+    @property
+    def token(self) -> TokenSettings:
+        """Whose it is.
+
+        Raises:
+            UnknownCallerError: it was revoked.
+        """
+        if self._token is None:
+            raise UnknownCallerError(UNKNOWN)
+        return self._token
+
+    def change(self, token: TokenSettings | None) -> None:
+        """Goes by what is known of the token now; None: it is revoked."""
+        self._token = token
 
     async def take_in_turn(self) -> None:
         """Takes one as soon as there is one: those who wait, in the order in which they came."""
@@ -136,6 +166,7 @@ class Bucket:
 
         Raises:
             RateError: there is none.
+            UnknownCallerError: the token was revoked.
         """
         rate, burst = self.token.requests_per_second, self.token.burst
         if rate is None:
