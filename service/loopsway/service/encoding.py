@@ -179,13 +179,15 @@ def _facts(answers: Sequence[Influences], index: Index) -> dict[int, bytes]:
             ]
         )
     )
+    columns = index.columns_in(rows)
+    metadata = columns.get("metadata", [None] * len(rows))
     return {
         row: pb.Influencer(
-            example_id=example.id,
-            description=example.description,
-            metadata=metadata_struct(example.metadata) if example.metadata else None,
+            example_id=each, description=description, metadata=metadata_struct(facts) if facts else None
         ).SerializeToString()
-        for row, example in zip(rows.tolist(), index.examples_in(rows), strict=True)
+        for row, each, description, facts in zip(
+            rows.tolist(), columns["id"], columns["description"], metadata, strict=True
+        )
     }
 
 
