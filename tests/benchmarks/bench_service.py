@@ -97,7 +97,7 @@ async def subject(index: Index, arguments: Mapping[str, int], server: Served) ->
     await engine.warm_up(worker)
     texts = synthetic_texts(NUM_QUERIES)
     examples: list[engine_queries.Query] = [
-        engine_queries.ExampleQuery(obj={"text": text}, field="queries") for text in texts
+        engine_queries.ExampleQuery(text=json.dumps({"text": text}), field="queries") for text in texts
     ]
     sketched = [each.sketch for each in await engine.sketches(examples)]
     requests = {

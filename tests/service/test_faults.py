@@ -26,8 +26,9 @@ from loopsway.client import Client, ExampleQuery, UnavailableError
 from loopsway.indexer import Checkpoint, Index, load_task
 from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
 from loopsway.indexer.sketches.weights import size_of
-from loopsway.service import stretches
+from loopsway.service import Settings, stretches
 from loopsway.service.frames import encoded
+from loopsway.service.worker import OF_PROCESS
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
 from serving import QUERIES, TASK_SPEC, Served, assert_alike, wait_for
@@ -142,7 +143,7 @@ def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.shutdown(socket.SHUT_RD)  # nobody reads its answers any more
-        facts = {"device": "cpu", "model_bytes": None, "model_threads": None, "log_format": "json", "log_level": "info"}
+        facts = {"device": "cpu", **Settings(log_format="json").model_dump(include=OF_PROCESS)}
         ended = subprocess.Popen(
             [
                 sys.executable,

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from loopsway.service.limits import LIMITS, json_depth, name_of
+from loopsway.service import Settings
+from loopsway.service.json_text import depth_of
+from loopsway.service.limits import LIMITS, name_of
 from loopsway.v1 import attribution_pb2 as pb
-from serving import Served
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import TASK_SPEC, Served, commanded
 
 TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
@@ -119,6 +127,32 @@ def test_what_is_too_much_is_named_with_its_size_and_the_limit(small: Served, ca
     assert text in violations.field_violations[0].description
 
 
+async def test_json_that_takes_long_to_read_holds_nobody_else_up(index_path: Path, tmp_path: Path) -> None:
+    """As many empty lists as a query may hold, in each of sixteen. The server's loop must not be what reads them."""
+    text = "[" + "[]," * (Settings().max_example_characters // 3 - 1) + "[]]"
+    request = pb.FindInfluencesRequest(queries=[pb.Query(example_json=text)] * 16)
+    config = tmp_path / "serve.toml"
+    config.write_text(f"port = 0\nindices = [{{path = '{index_path}', task = '{TASK_SPEC}'}}]\n")
+    with commanded(config):
+        target = f"127.0.0.1:{json.loads((tmp_path / 'ready.json').read_text())['port']}"
+        async with grpc.aio.insecure_channel(target) as channel, grpc.aio.insecure_channel(target) as other:
+            health: Any = health_pb2_grpc.HealthStub(other)
+            await health.Check(health_pb2.HealthCheckRequest())
+            begin, waits = time.monotonic(), list[float]()
+            asking = asyncio.ensure_future(AttributionStub(channel).FindInfluences(request, timeout=300))
+            while not asking.done():
+                asked = time.monotonic()
+                await health.Check(health_pb2.HealthCheckRequest())
+                waits.append(time.monotonic() - asked)
+                await asyncio.wait([asking], timeout=0.01)
+            taken = time.monotonic() - begin
+    error = asking.exception()
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error
+    assert "could not read this JSON" in (error.details() or "")
+    assert max(waits) < taken / 3, f"the longest of {len(waits)} health checks took {max(waits):.2f} s of {taken:.2f} s"
+
+
 def test_bytes_that_are_no_message_are_an_invalid_argument(served: Served) -> None:
     for method in ("loopsway.v1.Attribution/FindInfluences", "grpc.health.v1.Health/Check"):
         with pytest.raises(grpc.RpcError) as caught:
@@ -134,4 +168,4 @@ def test_the_depth_of_json_is_that_of_what_it_says(value: Any) -> None:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
-    assert json_depth(json.dumps(value)) == depth(value)
+    assert depth_of(json.dumps(value)) == depth(value)

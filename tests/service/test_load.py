@@ -87,13 +87,15 @@ def test_requests_that_wait_share_a_batch_and_answer_as_alone(serve: Callable[..
     first = served.stub.FindInfluences.future(EXAMPLE)
     served.gate.wait_until_entered()
     before = served.gate.num_calls  # one for each checkpoint and batch; the held one's first is counted
-    bad = [example(QUERIES[0] | {"num_steps": 0}), example(QUERIES[0] | {"tokens": [9] * 6})]
+    not_json = pb.FindInfluencesRequest(queries=[pb.Query(example_json='{"tokens": [')])
     good = [served.stub.FindInfluences.future(example(query)) for query in QUERIES]
-    refused = [served.stub.FindInfluences.future(request) for request in bad[1:]]
-    wait_for(lambda: served.engine.num_admitted == 6)
+    refused = [served.stub.FindInfluences.future(bad) for bad in (example(QUERIES[0] | {"tokens": [9] * 6}), not_json)]
+    wait_for(lambda: served.engine.num_admitted == 7)
     served.gate.open()
     assert_alike([call.result(60) for call in (first, *good)], [alone[0], *alone])
-    assert refused[0].code() == grpc.StatusCode.INVALID_ARGUMENT
+    for call, text in zip(refused, ("tokens is", "not JSON: "), strict=True):
+        assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert text in call.details()
     assert served.gate.num_calls - before == 1 + 2, "the four were sketched together"
 
 

@@ -1,13 +1,12 @@
 """Requests to Python values, checked: the door where everything from the network is looked at once.
 
-What stands behind it trusts the values. Each refusal names the field, in the proto's names.
+What stands behind it trusts the values, but for an example's JSON: the model's process reads it. Each refusal names the
+field, in the proto's names.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 
 from .errors import InvalidFieldError, PreconditionError
-from .limits import json_depth
 from .queries import ExampleQuery, IdQuery, Query, SketchQuery
 from .settings import Settings
 
@@ -164,30 +162,13 @@ def example_ids_from(example_ids: Sequence[str], settings: Settings) -> list[str
 def _query(query: pb.Query, field: str, index: Index, settings: Settings) -> Query:
     match query.WhichOneof("source"):
         case "example_json":
-            return ExampleQuery(
-                obj=_json(query.example_json, f"{field}.example_json", settings), field=f"{field}.example_json"
-            )
+            return ExampleQuery(text=query.example_json, field=f"{field}.example_json")
         case "example_id":
             return IdQuery(example_id=query.example_id, field=f"{field}.example_id")
         case "sketch":
             return _sketch(query.sketch, f"{field}.sketch", index, settings)
         case _:
             raise InvalidFieldError("the query is empty, expected example_json, example_id or sketch", field=field)
-
-
-def _json(text: str, field: str, settings: Settings) -> Any:
-    if (depth := json_depth(text)) > settings.max_json_depth:
-        raise InvalidFieldError(
-            f"the JSON is {depth} arrays and objects deep, expected at most {settings.max_json_depth}", field=field
-        )
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidFieldError(f"not JSON: {error}", field=field) from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _sketch(sketch: pb.Sketch, field: str, index: Index, settings: Settings) -> SketchQuery:

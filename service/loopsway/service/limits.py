@@ -5,7 +5,6 @@ The numbers' own ranges are decoding.py's; here is what could make the server wo
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -93,18 +92,6 @@ def check_limits(message: Message, settings: Settings, field: str = "") -> None:
                 _check_one(descriptor, each, limit, message, settings, f"{where}[{i}]")
 
 
-def json_depth(text: str) -> int:
-    """How many arrays and objects of JSON are open at once, at the most; read without opening any."""
-    depth = deepest = 0
-    for part in _BRACKETS.findall(text):
-        depth += part in ("[", "{")
-        depth -= part in ("]", "}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-# Strings are found whole, an unfinished one up to the end, so that no bracket in them counts.
-_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 _NUMBERS = frozenset(range(1, 19)) - {*_TEXT, FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_GROUP}
 

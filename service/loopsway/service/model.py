@@ -120,7 +120,7 @@ class QueryModel:
 
     def _item(self, query: ModelQuery) -> Message:
         if isinstance(query, ExampleQuery):
-            return {"json": query.obj}
+            return {"json": query.text}
         try:
             return {"row": self._index.row_of(query.example_id), "id": query.example_id}
         except LookupError as error:

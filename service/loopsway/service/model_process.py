@@ -1,9 +1,8 @@
 """The process in which tasks and their models run, beside the server: `python -m loopsway.service.model_process`.
 
-B examples, S steps, W width. One for all indices of a server, so that one budget of memory holds for all their models.
-What a task's code does here, to the point of ending the process, costs the server no more than the queries under way.
-Task code is the user's, and what it reads may come from the network: a ValueError out of it is the query's fault, a
-TaskError or anything else is the task's own.
+One for all indices of a server, so that one budget of memory holds for all their models. What a task's code does here,
+to the point of ending the process, costs the server no more than the queries under way; so does a query's JSON, which
+can take long to read.
 
 It knows no gRPC. It ends when the server closes the socket, and ignores the signals that end the server, which lets
 running requests finish first.
@@ -11,7 +10,6 @@ running requests finish first.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -19,9 +17,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopsway.indexer import ExampleSketcher, Task, TaskError, load_sketcher, open_index
-from loopsway.indexer.memory import is_out_of_memory
+from loopsway.indexer import TaskError, load_sketcher, open_index
 from loopsway.indexer.sketches.weights import WeightMemory
 
 from .frames import LENGTH, Message, decoded, encoded
+from .loaded_task import LoadedTask, QueryError
 from .logs import LogFormat, configure_logs
 
 SHARE = 0.5  # of the free memory that weights may take, unless told otherwise; batches and codes need the rest
@@ -45,119 +40,6 @@ class CancelledError(Exception):
     """Nobody waits for this any more."""
 
 
-class QueryError(Exception):
-    """One query is refused.
-
-    Attributes:
-        kind: "invalid", "precondition" or "unavailable".
-    """
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-
-
-class LoadedTask:
-    """One index's task and its sketcher.
-
-    Args:
-        name: of the index, for errors.
-        task: whose code reads and runs the examples.
-        sketcher: of the same task.
-        memory: that the sketcher's models are in.
-    """
-
-    def __init__(self, name: str, task: Task, sketcher: ExampleSketcher, memory: WeightMemory) -> None:
-        self._name, self._task, self._sketcher, self._memory = name, task, sketcher, memory
-        self._examples = task.examples()
-
-    def close(self) -> None:
-        self._sketcher.close()
-
-    def example(self, item: Message) -> Any:
-        """The example that a query is about.
-
-        Raises:
-            QueryError: the task has none such.
-        """
-        if "json" in item:
-            return self._example_from_json(item["json"])
-        row, example_id = item["row"], item.get("id")
-        if example_id is not None and not self._is_at(row, example_id):
-            row = self._rows.get(example_id)  # an index that was compacted, say, numbers its rows anew
-        if row is None or row >= len(self._examples):
-            raise QueryError(
-                "precondition",
-                f"the task's examples changed since index {self._name} was built: {example_id!r} is no longer among "
-                "them; rebuild the index or serve the task that it was built from",
-            )
-        return self._examples[row]
-
-    def sketch(self, examples: Sequence[Any], go_on: Callable[[], object]) -> list[_Sketch | QueryError]:
-        """Together; where memory does not suffice, one by one with nothing else loaded."""
-        try:
-            return self._sketch(examples, go_on)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            _log.warning("out of memory with a batch of %d examples of index %s", len(examples), self._name)
-        return [self._sketch_alone(example, go_on) for example in examples]
-
-    def _sketch(self, examples: Sequence[Any], go_on: Callable[[], object]) -> list[_Sketch | QueryError]:
-        sketches = self._sketcher.sketch(examples, go_on=go_on)
-        values, losses = sketches.values.numpy(), sketches.losses.numpy()  # [B, S, W], [K, B]
-        return [
-            (values[i], {"losses": losses[:, i].tolist(), "silent": sketches.steps_without_gradient})
-            for i in range(len(examples))
-        ]
-
-    def _sketch_alone(self, example: Any, go_on: Callable[[], object]) -> _Sketch | QueryError:
-        self._memory.clear()
-        gc.collect()  # what the failed batch left may be in cycles
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        try:
-            return self._sketch([example], go_on)[0]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            _log.warning("out of memory with one example of index %s, alone", self._name)
-        return QueryError("unavailable", "the model has too little memory for this query now; ask again later")
-
-    def _example_from_json(self, obj: Any) -> Any:
-        name = type(self._task).__name__
-        try:
-            return self._task.example_from_json(obj)
-        except ValueError as error:
-            raise QueryError("invalid", f"not an example of {name}: {error}") from error
-        except NotImplementedError as error:
-            raise QueryError(
-                "precondition",
-                f"{name} takes no JSON queries (it defines no example_from_json): ask by example id or sketch",
-            ) from error
-        except (LookupError, TypeError, AttributeError) as error:
-            # Task authors index into the object without checking; the caller still deserves the blame and the hint.
-            # The error's text may be the caller's own words, which are not for the log.
-            *_, place = traceback.extract_tb(error.__traceback__)
-            _log.warning(
-                "%s.example_from_json failed without a ValueError: %s at %s:%d",
-                *(name, type(error).__name__, place.filename, place.lineno),
-            )
-            raise QueryError(
-                "invalid", f"not an example of {name}: its example_from_json could not read this JSON"
-            ) from error
-
-    def _is_at(self, row: int, example_id: str) -> bool:
-        return row < len(self._examples) and self._task.example_id(row) == example_id
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {self._task.example_id(row): row for row in range(len(self._examples))}
-
-
-_Sketch = tuple[np.ndarray, Message]  # [S, W], and what was found out on the way
-
-
 class ModelProcess:
     """Does what the server asks for, one thing after another.
 
@@ -165,10 +47,11 @@ class ModelProcess:
         connection: to the server.
         device: a torch device name.
         model_bytes: of all weights in memory. None: half of what is free.
+        max_json_depth: as of `Settings`.
     """
 
-    def __init__(self, connection: socket.socket, *, device: str, model_bytes: int | None) -> None:
-        self._connection, self._device = connection, device
+    def __init__(self, connection: socket.socket, *, device: str, model_bytes: int | None, max_json_depth: int) -> None:
+        self._connection, self._device, self._max_json_depth = connection, device, max_json_depth
         self._memory = WeightMemory(model_bytes or free_bytes(torch.device(device)))
         self._tasks: dict[str, LoadedTask] = {}
         self._waiting: SimpleQueue[Message] = SimpleQueue()
@@ -231,16 +114,18 @@ class ModelProcess:
             batch_size=message["batch_size"],
             memory=self._memory,
         )
-        self._tasks[message["key"]] = LoadedTask(message["name"], task, sketcher, self._memory)
+        self._tasks[message["key"]] = LoadedTask(
+            message["name"], task, sketcher, self._memory, max_json_depth=self._max_json_depth
+        )
 
     def _sketch(self, message: Message) -> tuple[Message, list[np.ndarray]]:
         def go_on() -> None:
             if message["id"] in self._cancelled:
                 raise CancelledError
 
-        go_on()
         task, examples, results = self._tasks[message["key"]], dict[int, Any](), dict[int, Message]()
         for place, item in enumerate(message["items"]):
+            go_on()  # before each, as long JSON takes long to read
             try:
                 examples[place] = task.example(item)
             except QueryError as error:
@@ -277,6 +162,7 @@ def main(
     device: str,
     model_bytes: int | None,
     model_threads: int | None,
+    max_json_depth: int,
     log_format: LogFormat,
     log_level: str,
 ) -> None:
@@ -285,7 +171,8 @@ def main(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     configure_logs(log_format, log_level)
-    ModelProcess(socket.socket(fileno=descriptor), device=device, model_bytes=model_bytes).run()
+    connection = socket.socket(fileno=descriptor)
+    ModelProcess(connection, device=device, model_bytes=model_bytes, max_json_depth=max_json_depth).run()
 
 
 if __name__ == "__main__":

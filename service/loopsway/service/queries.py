@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,11 @@ class ExampleQuery:
     """An example to run the model on.
 
     Attributes:
-        obj: decoded JSON, for the task's example_from_json.
+        text: JSON, as it came; what it says is for the task's example_from_json.
         field: where the request holds it, for errors.
     """
 
-    obj: Any
+    text: str
     field: str
 
 

@@ -169,7 +169,7 @@ class Settings(BaseSettings):
     max_steps: Positive = 1024
     max_example_ids: Positive = 10_000
     max_id_characters: Positive = 4096
-    max_example_characters: Positive = 4 << 20
+    max_example_characters: Positive = 1 << 20
     max_json_depth: Positive = 64
     max_where_characters: Positive = 10_000
     max_influencers: Positive = 200_000

@@ -27,6 +27,7 @@ from .settings import Settings
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the second start and the later ones; the first is at once
 END_S = 5.0  # that a process gets to end by itself
+OF_PROCESS = {"model_bytes", "model_threads", "max_json_depth", "log_format", "log_level"}  # of the settings
 
 _log = logging.getLogger(__name__)
 Reply = tuple[Message, list[np.ndarray]]
@@ -199,11 +200,7 @@ class _Life:
     async def begin(cls, device: str, settings: Settings) -> _Life:
         ours, theirs = socket.socketpair()
         with theirs:
-            facts = {
-                "descriptor": theirs.fileno(),
-                "device": device,
-                **settings.model_dump(include={"model_bytes", "model_threads", "log_format", "log_level"}),
-            }
+            facts = {"descriptor": theirs.fileno(), "device": device, **settings.model_dump(include=OF_PROCESS)}
             # A fresh interpreter, not a fork: what runs threads, as torch and gRPC do, hangs in a forked child.
             process = subprocess.Popen(
                 [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts)],
