@@ -72,6 +72,10 @@ class Gate:
     def open_loading(self) -> None:
         (self.folder / "loading_held").unlink(missing_ok=True)
 
+    def break_device(self) -> None:
+        """The next call of the model fails as after a failed assertion on a GPU."""
+        (self.folder / "broken").touch()
+
     def suffice_for(self, largest: int) -> None:
         """Memory suffices for batches of so many examples, and no more."""
         (self.folder / "largest").write_text(str(largest))

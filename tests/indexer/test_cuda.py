@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +106,20 @@ def test_the_same_batch_gives_the_same_bits(kind: type[nn.Module]) -> None:
     first = sketcher.sketch(losses, batch)
     assert torch.equal(sketcher.sketch(losses, batch), sketcher.sketch(losses, batch))
     assert difference(sketcher.sketch(losses, batch), first.cpu()) < TOLERANCE  # the first batch is learned from
+
+
+FAULT = """
+import torch
+from loopsway.indexer.memory import is_device_fault, is_out_of_memory
+values = torch.zeros(3, device="cuda")
+for attempt in range(2):
+    try:
+        values[torch.full((1,), 7, device="cuda")].cpu()
+    except RuntimeError as error:
+        print(is_device_fault(error), is_out_of_memory(error), flush=True)
+"""
+
+
+def test_a_failed_assertion_on_the_device_is_a_fault_of_it_and_so_is_every_call_after_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.stdout.splitlines() == ["True False"] * 2, ended.stderr

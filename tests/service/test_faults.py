@@ -24,6 +24,7 @@ from grpc_status import rpc_status
 
 from loopsway.client import Client, ExampleQuery, UnavailableError
 from loopsway.indexer import Checkpoint, Index, load_task
+from loopsway.indexer.memory import is_device_fault, is_out_of_memory
 from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
 from loopsway.indexer.sketches.weights import size_of
 from loopsway.service import Settings, stretches
@@ -196,6 +197,39 @@ def test_a_query_that_memory_does_not_suffice_for_is_unavailable_until_it_does(s
     served.gate.suffice_for(8)
     assert served.stub.FindInfluences(example(QUERIES[0])).results
     assert served.server.catalog.worker.num_starts == 1, "the process goes on"
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:132] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError("Unable to allocate 40.0 GiB"),
+]
+DEVICE_FAULTS = [
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+]
+
+
+def test_a_lack_of_memory_is_told_from_a_fault_of_the_device_and_from_others() -> None:
+    errors = [*OUT_OF_MEMORY, *DEVICE_FAULTS, RuntimeError("shapes don't match"), ValueError("no")]
+    assert [error for error in errors if is_out_of_memory(error)] == OUT_OF_MEMORY
+    assert [error for error in errors if is_device_fault(error)] == DEVICE_FAULTS
+
+
+def test_after_a_fault_of_the_device_another_process_answers(serve: Callable[..., Served]) -> None:
+    served = serve()
+    worker = served.server.catalog.worker
+    before, pid = served.stub.FindInfluences(example(QUERIES[0])), worker.pid
+    served.gate.break_device()
+    with pytest.raises(grpc.RpcError) as caught:
+        served.stub.FindInfluences(example(QUERIES[0]))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    wait_for(lambda: worker.pid not in (None, pid))
+    assert_alike([served.stub.FindInfluences(example(QUERIES[0]))], [before])
+    assert worker.num_starts == 2
 
 
 def test_checkpoints_move_in_and_out_within_the_budget(serve: Callable[..., Served], served: Served) -> None:

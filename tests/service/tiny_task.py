@@ -41,8 +41,9 @@ class TinyTask(Task):
     Args:
         learning_rate: of the first checkpoint; another one makes other sketches.
         gate: a folder. Each call of the model adds a byte to its file `calls`, makes `entered`, and ends when there is
-            no `held`; the file `largest` has the largest batch that memory suffices for. Each time a checkpoint is
-            loaded adds a byte to `loads`, and ends when there is no `loading_held`.
+            no `held`; the file `largest` has the largest batch that memory suffices for, and `broken` stands for a
+            fault of the device in one call. Each time a checkpoint is loaded adds a byte to `loads`, and ends when
+            there is no `loading_held`.
     """
 
     loop = Loop(body=["block"])
@@ -86,7 +87,10 @@ class TinyTask(Task):
         _count(gate / "calls")
         (gate / "entered").touch()
         _wait_while(gate / "held")
-        largest = gate / "largest"
+        broken, largest = gate / "broken", gate / "largest"
+        if broken.exists():
+            broken.unlink()
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         if largest.exists() and batch > int(largest.read_text()):
             raise torch.OutOfMemoryError(f"no memory for {batch} examples")
 

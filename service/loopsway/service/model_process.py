@@ -2,7 +2,7 @@
 
 One for all indices of a server, so that one budget of memory holds for all their models. What a task's code does here,
 to the point of ending the process, costs the server no more than the queries under way; so does a query's JSON, which
-can take long to read.
+can take long to read. After a fault of a device, which only a new process can use again, it ends by itself.
 
 It knows no gRPC. It ends when the server closes the socket, and ignores the signals that end the server, which lets
 running requests finish first.
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from loopsway.indexer import TaskError, load_sketcher, open_index
+from loopsway.indexer.memory import is_device_fault
 from loopsway.indexer.sketches.weights import WeightMemory
 
 from .frames import LENGTH, Message, decoded, encoded
@@ -67,6 +68,11 @@ class ModelProcess:
             except CancelledError:
                 continue
             except Exception as error:
+                if is_device_fault(error):
+                    _log.exception(
+                        "%s failed for good: the device is lost to this process, which ends", message["kind"]
+                    )
+                    os._exit(1)  # a new process has the device anew
                 reply, arrays = {"error": _kind(error), "text": str(error)}, []
                 if reply["error"] == "internal":
                     _log.exception("%s failed", message["kind"])
