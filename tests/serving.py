@@ -76,6 +76,13 @@ class Gate:
         """The next call of the model fails as after a failed assertion on a GPU."""
         (self.folder / "broken").touch()
 
+    def hide_weights(self) -> None:
+        """A checkpoint can't be loaded, as where its file system is not there for a while."""
+        (self.folder / "hidden").touch()
+
+    def show_weights(self) -> None:
+        (self.folder / "hidden").unlink()
+
     def suffice_for(self, largest: int) -> None:
         """Memory suffices for batches of so many examples, and no more."""
         (self.folder / "largest").write_text(str(largest))

@@ -199,6 +199,25 @@ def test_a_query_that_memory_does_not_suffice_for_is_unavailable_until_it_does(s
     assert served.server.catalog.worker.num_starts == 1, "the process goes on"
 
 
+def test_a_model_that_could_not_be_loaded_after_a_crash_is_loaded_when_it_can_be(serve: Callable[..., Served]) -> None:
+    served = serve()
+    worker = served.server.catalog.worker
+    before, pid = served.stub.FindInfluences(example(QUERIES[0])), worker.pid
+    served.gate.hide_weights()
+    kill(served)
+    wait_for(lambda: worker.pid not in (None, pid))
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError) as caught:
+            served.stub.FindInfluences(example(QUERIES[0]))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "could not load the model" in str(caught.value)
+        assert 0 < retry_after_s(caught.value) <= 2, "pauses grow from half a second"
+    served.gate.show_weights()
+    time.sleep(retry_after_s(caught.value))
+    assert_alike([served.stub.FindInfluences(example(QUERIES[0]))], [before])
+    assert worker.num_starts == 2, "by the same process"
+
+
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),

@@ -43,7 +43,7 @@ class TinyTask(Task):
         gate: a folder. Each call of the model adds a byte to its file `calls`, makes `entered`, and ends when there is
             no `held`; the file `largest` has the largest batch that memory suffices for, and `broken` stands for a
             fault of the device in one call. Each time a checkpoint is loaded adds a byte to `loads`, and ends when
-            there is no `loading_held`.
+            there is no `loading_held`; it fails while there is `hidden`.
     """
 
     loop = Loop(body=["block"])
@@ -64,6 +64,8 @@ class TinyTask(Task):
         if self._gate is not None:
             _count(self._gate / "loads")
             _wait_while(self._gate / "loading_held")
+            if (self._gate / "hidden").exists():
+                raise OSError("[Errno 116] Stale file handle")
         torch.manual_seed(len(checkpoint.name))
         return Looped().eval()
 

@@ -111,6 +111,8 @@ class ModelProcess:
         return {}, []
 
     def _load(self, message: Message) -> None:
+        if message["key"] in self._tasks:
+            return  # whoever had it loaded did not wait for that
         index = open_index(message["path"], generation=message["generation"])
         task, sketcher = load_sketcher(
             index,

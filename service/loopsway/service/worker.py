@@ -1,7 +1,8 @@
 """The server's side of the model process: starts it, talks to it, and starts it again when it dies.
 
 What was under way in a process that died is unavailable; what waits for the next one goes on there. A process that dies
-again and again is started after ever longer pauses, in which queries for it are refused at once. Searches need none.
+again and again is started after ever longer pauses, in which queries for it are refused at once. A model that a new
+process can't load is tried again with a query for it, with such pauses too. Searches need none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -25,7 +27,8 @@ from .errors import UnavailableError
 from .frames import LENGTH, Message, decoded, encoded
 from .settings import Settings
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the second start and the later ones; the first is at once
+# Before the second start and the later ones, the first being at once; and before what failed to load is tried again.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 END_S = 5.0  # that a process gets to end by itself
 OF_PROCESS = {"model_bytes", "model_threads", "max_json_depth", "log_format", "log_level"}  # of the settings
 
@@ -47,7 +50,7 @@ class ModelWorker:
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings, self._device = settings, device
         self._loads: dict[str, Message] = {}  # what every process is told to load, by key
-        self._unloaded: dict[str, str] = {}  # keys that a later process could not load again, and why
+        self._unloaded: dict[str, _Unloaded] = {}  # what a later process could not load again, by key
         self._life: _Life | None = None
         self._starting: asyncio.Task[_Life] | None = None
         self._failures, self._next_start, self._is_stopped = 0, 0.0, False
@@ -93,13 +96,13 @@ class ModelWorker:
         """Sketches examples of a task together; cancelled, it costs no more than one checkpoint's batch.
 
         Raises:
-            UnavailableError: the process died, or dies again and again.
+            UnavailableError: the process died, or dies again and again, or a later one could not load the task so far.
             ValueError: the examples can't be run.
             TaskError, RuntimeError: the task failed.
         """
         life = await self._alive()
         if key in self._unloaded:
-            raise UnavailableError(self._unloaded[key], retry_after_s=LONGEST_PAUSE_S)
+            await self._load_late(life, key)
         reply = await life.request({"kind": "sketch", "key": key, "items": items})
         self._failures = 0
         return reply
@@ -132,13 +135,7 @@ class ModelWorker:
         self.num_starts += 1
         try:
             for key in list(self._loads):
-                try:
-                    await self._load(life, key)
-                except UnavailableError:
-                    raise
-                except (LoadError, RuntimeError) as error:
-                    self._unloaded[key] = f"the model can't be loaded again: {error}"
-                    _log.error("the model of %s can't be loaded again: %s", key, error)
+                await self._load_again(life, key)
         except BaseException as error:
             await life.end()
             if not isinstance(error, asyncio.CancelledError):
@@ -149,12 +146,40 @@ class ModelWorker:
         return life
 
     async def _load(self, life: _Life, key: str) -> None:
-        self._unloaded.pop(key, None)
         facts = self._loads[key] | {"batch_size": self._settings.batch_size}
         try:
             await life.request({"kind": "load", "key": key} | facts)
         except ValueError as error:
             raise LoadError(str(error)) from error
+
+    async def _load_again(self, life: _Life, key: str) -> None:
+        """In a later process; what can't be loaded is noted, and may be when its pause is over.
+
+        Raises:
+            UnavailableError: this process died, too.
+        """
+        failures = self._unloaded[key].failures + 1 if key in self._unloaded else 1
+        try:
+            await self._load(life, key)
+        except UnavailableError:
+            raise
+        except (LoadError, RuntimeError) as error:
+            self._unloaded[key] = _Unloaded(failures, time.monotonic() + _pause(failures))
+            _log.error("the model of %s can't be loaded again: %s", key, error)
+        else:
+            self._unloaded.pop(key, None)
+
+    async def _load_late(self, life: _Life, key: str) -> None:
+        """For a query, what could not be loaded when the process started."""
+        if time.monotonic() >= self._unloaded[key].next_load:
+            await self._load_again(life, key)
+        if unloaded := self._unloaded.get(key):
+            pause = unloaded.next_load - time.monotonic()
+            raise UnavailableError(
+                "the model's process died, and the new one could not load the model; it is tried again",
+                retry_after_s=max(pause, 0.1),
+            )
+        _log.info("the model of %s is loaded again", key)
 
     def _on_end(self, life: _Life) -> None:
         """The process died, unless this server ended it."""
@@ -167,7 +192,7 @@ class ModelWorker:
 
     def _plan_next_start(self) -> None:
         """It does not wait for a query, so that the next one finds its model loaded."""
-        pause = min(FIRST_PAUSE_S * 2 ** (self._failures - 1), LONGEST_PAUSE_S) if self._failures else 0.0
+        pause = _pause(self._failures) if self._failures else 0.0
         self._failures += 1
         self._next_start = time.monotonic() + pause
         asyncio.get_running_loop().call_later(pause, self._restart)
@@ -176,6 +201,19 @@ class ModelWorker:
         if self._life is None and not self._is_stopped and (self._starting is None or self._starting.done()):
             self._starting = asyncio.create_task(self._start())
             self._starting.add_done_callback(_note)
+
+
+@dataclass(frozen=True)
+class _Unloaded:
+    """What a later process could not load again.
+
+    Attributes:
+        failures: how often.
+        next_load: when it may be tried again, by the monotonic clock.
+    """
+
+    failures: int
+    next_load: float
 
 
 class _Life:
@@ -264,6 +302,10 @@ class _Life:
             for future in self._pending.values():
                 if not future.done():
                     future.set_exception(_died(self.process))
+
+
+def _pause(failures: int) -> float:
+    return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 100), LONGEST_PAUSE_S)  # a year of failures is no overflow
 
 
 def _died(process: subprocess.Popen[Any]) -> UnavailableError:
