@@ -93,7 +93,7 @@ class Subject:
 async def subject(index: Index, arguments: Mapping[str, int], server: Served) -> AsyncIterator[Subject]:
     settings = Settings()
     asked = IndexSettings(path=str(index.path), task=TASK, task_arguments=dict(arguments))
-    worker, engine = ModelWorker(settings, "cpu"), load_engine(asked, settings)
+    worker, engine = ModelWorker(settings), load_engine(asked, settings)
     await engine.warm_up(worker)
     texts = synthetic_texts(NUM_QUERIES)
     examples: list[engine_queries.Query] = [

@@ -144,7 +144,7 @@ def test_a_model_process_ends_in_silence_when_its_server_is_gone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.shutdown(socket.SHUT_RD)  # nobody reads its answers any more
-        facts = {"device": "cpu", **Settings(log_format="json").model_dump(include=OF_PROCESS)}
+        facts = Settings(log_format="json").model_dump(include=OF_PROCESS)
         ended = subprocess.Popen(
             [
                 sys.executable,

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from loopsway.indexer import Checkpoint, IndexNotFoundError, SketchConfig, build_index, load_task, open_index
+from loopsway.indexer.sketches.weights import size_of
 from loopsway.indexer.store.folders import LocalFolder
 from loopsway.indexer.store.sealed import read_sealed, write_sealed
 from loopsway.service import IndexSettings, LoadError, Settings
@@ -24,7 +25,7 @@ from serving import CONFIG, TASK_SPEC
 
 @pytest.fixture
 async def worker() -> AsyncIterator[ModelWorker]:
-    worker = ModelWorker(Settings(), "cpu")
+    worker = ModelWorker(Settings())
     yield worker
     await worker.stop()
 
@@ -69,6 +70,29 @@ def test_without_its_model_an_index_runs_no_task(index_path: Path) -> None:
 def test_an_index_is_opened_on_the_device_that_its_model_is_on(index_path: Path) -> None:
     with pytest.raises(ValueError, match="device 'gpu' can't be used"):
         load_engine(IndexSettings(path=str(index_path), model=False, device="gpu"))
+
+
+async def test_each_model_runs_on_the_device_of_its_own_index(
+    index_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One device by two names, for which one budget holds: it suffices for one of the four checkpoints."""
+    budget = size_of(load_task(TASK_SPEC).model(Checkpoint(name="early", learning_rate=0.1)))
+    worker, devices = ModelWorker(Settings(model_bytes=budget)), ("cpu", "cpu:0")
+    engines = [
+        load_engine(IndexSettings(path=str(index_path), name=f"on {device}", task=TASK_SPEC, device=device))
+        for device in devices
+    ]
+    try:
+        for engine in engines:
+            await engine.warm_up(worker)
+        assert worker.held == (1, budget)
+    finally:
+        await worker.stop()
+        for engine in engines:
+            await asyncio.to_thread(engine.close)
+    log = capfd.readouterr().err
+    for device in devices:
+        assert f"the model of index on {device} runs on device {device}\n" in log
 
 
 def test_an_index_that_names_no_task_asks_for_one(tmp_path: Path) -> None:

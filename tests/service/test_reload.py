@@ -236,7 +236,7 @@ def test_a_server_does_not_start_without_a_generation_of_each_index(index_path: 
 
 
 async def test_a_refused_generation_is_tried_once_more_however_many_ask(own_index: Path) -> None:
-    served, worker = ServedIndex(without_model(own_index), Settings()), ModelWorker(Settings(), "cpu")
+    served, worker = ServedIndex(without_model(own_index), Settings()), ModelWorker(Settings())
     delete_examples(own_index, ids=["tiny-3"])
     (table,) = own_index.rglob("*deleted*.parquet")
     content = table.read_bytes()

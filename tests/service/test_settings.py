@@ -98,3 +98,11 @@ def test_the_check_refuses_what_a_server_would_not_start_with(index_path: Path) 
         for check in (check_settings, Catalog):
             with pytest.raises(ValueError, match=text):
                 check(settings)
+
+
+def test_the_check_tries_the_device_of_a_model_whose_index_is_read_in_a_cluster(index_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed; pip install 'loopsway[ray]'")
+    there = {"engine": "ray", "device": "warp"}
+    with pytest.raises(ValueError, match="device 'warp' can't be used"):
+        check_settings(Settings(indices=[asked_for(index_path).model_copy(update=there)]))
+    assert check_settings(Settings(indices=[without_model(index_path).model_copy(update=there)]))

@@ -43,7 +43,7 @@ class Catalog(Mapping[str, Engine]):
             self._served[name] = served
         self._aliases: dict[str, str] = {}
         self.alias(settings.aliases)
-        self.worker = ModelWorker(settings, settings.indices[0].device)
+        self.worker = ModelWorker(settings)
         self._is_asked = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 

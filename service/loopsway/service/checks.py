@@ -57,8 +57,8 @@ def check_settings(settings: Settings) -> list[str]:
 
 
 def _opened(asked: IndexSettings, generation: int | None) -> Index:
-    local = asked.engine == "local"  # else the device is the cluster's
-    return open_index(asked.path, generation=generation, name=asked.name, device=asked.device if local else "cpu")
+    here = asked.engine == "local" or asked.model  # else the device is the cluster's alone
+    return open_index(asked.path, generation=generation, name=asked.name, device=asked.device if here else "cpu")
 
 
 def check_aliases(aliases: Mapping[str, str], names: Collection[str]) -> None:

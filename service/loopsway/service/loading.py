@@ -44,7 +44,8 @@ def load_engine(asked: IndexSettings, settings: Settings | None = None, *, gener
     if spec is None:
         return Engine(index, settings=settings)
     arguments = index.task_arguments if asked.task_arguments is None else dict(asked.task_arguments)
-    return Engine(index, QueryModel(index, spec, arguments, settings), settings=settings)
+    model = QueryModel(index, spec, arguments, settings, device=asked.device)
+    return Engine(index, model, settings=settings)
 
 
 def newest_sound(

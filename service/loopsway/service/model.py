@@ -38,9 +38,12 @@ class QueryModel:
         task_spec: the task to run.
         task_arguments: for the task's constructor.
         settings: the limits.
+        device: a torch device name.
     """
 
-    def __init__(self, index: Index, task_spec: str, task_arguments: dict[str, Any], settings: Settings) -> None:
+    def __init__(
+        self, index: Index, task_spec: str, task_arguments: dict[str, Any], settings: Settings, *, device: str
+    ) -> None:
         self._index, self._settings = index, settings
         self._facts: Message = {
             "name": index.name,
@@ -48,6 +51,7 @@ class QueryModel:
             "generation": index.generation,
             "task": task_spec,
             "arguments": task_arguments,
+            "device": device,
         }
         # Two generations of one index are loaded side by side while one replaces the other.
         self._key = f"{index.name}, generation {index.generation}, load {next(_numbers)}"

@@ -1,8 +1,8 @@
 """The process in which tasks and their models run, beside the server: `python -m loopsway.service.model_process`.
 
-One for all indices of a server, so that one budget of memory holds for all their models. What a task's code does here,
-to the point of ending the process, costs the server no more than the queries under way; so does a query's JSON, which
-can take long to read. After a fault of a device, which only a new process can use again, it ends by itself.
+One for all indices of a server, so that one budget of memory holds for all models on a device. What a task's code does
+here, to the point of ending the process, costs the server no more than the queries under way; so does a query's JSON,
+which can take long to read. After a fault of a device, which only a new process can use again, it ends by itself.
 
 It knows no gRPC. It ends when the server closes the socket, and ignores the signals that end the server, which lets
 running requests finish first.
@@ -46,14 +46,13 @@ class ModelProcess:
 
     Args:
         connection: to the server.
-        device: a torch device name.
-        model_bytes: of all weights in memory. None: half of what is free.
+        model_bytes: of all weights in one device's memory. None: half of what is free there.
         max_json_depth: as of `Settings`.
     """
 
-    def __init__(self, connection: socket.socket, *, device: str, model_bytes: int | None, max_json_depth: int) -> None:
-        self._connection, self._device, self._max_json_depth = connection, device, max_json_depth
-        self._memory = WeightMemory(model_bytes or free_bytes(torch.device(device)))
+    def __init__(self, connection: socket.socket, *, model_bytes: int | None, max_json_depth: int) -> None:
+        self._connection, self._model_bytes, self._max_json_depth = connection, model_bytes, max_json_depth
+        self._memories: dict[torch.device, WeightMemory] = {}
         self._tasks: dict[str, LoadedTask] = {}
         self._waiting: SimpleQueue[Message] = SimpleQueue()
         self._cancelled: set[int] = set()
@@ -80,7 +79,11 @@ class ModelProcess:
                 for number in list(self._cancelled):  # ids ascend: what is older is done
                     if number <= message["id"]:
                         self._cancelled.discard(number)
-            held = {"held_checkpoints": self._memory.num_held, "held_bytes": self._memory.held_bytes}
+            memories = self._memories.values()
+            held = {
+                "held_checkpoints": sum(memory.num_held for memory in memories),
+                "held_bytes": sum(memory.held_bytes for memory in memories),
+            }
             try:
                 self._connection.sendall(encoded(reply | held | {"id": message["id"]}, arrays))
             except ConnectionError:
@@ -114,17 +117,26 @@ class ModelProcess:
         if message["key"] in self._tasks:
             return  # whoever had it loaded did not wait for that
         index = open_index(message["path"], generation=message["generation"])
+        memory = self._memory_of(message["device"])
         task, sketcher = load_sketcher(
             index,
             message["task"],
             message["arguments"],
-            device=self._device,
+            device=message["device"],
             batch_size=message["batch_size"],
-            memory=self._memory,
+            memory=memory,
         )
         self._tasks[message["key"]] = LoadedTask(
-            message["name"], task, sketcher, self._memory, max_json_depth=self._max_json_depth
+            message["name"], task, sketcher, memory, max_json_depth=self._max_json_depth
         )
+        _log.info("the model of index %s runs on device %s", message["name"], message["device"])
+
+    def _memory_of(self, name: str) -> WeightMemory:
+        """Of a device, which may have several names: "cuda" is "cuda:0"."""
+        device = torch.empty(0, device=name).device
+        if device not in self._memories:
+            self._memories[device] = WeightMemory(self._model_bytes or free_bytes(device))
+        return self._memories[device]
 
     def _sketch(self, message: Message) -> tuple[Message, list[np.ndarray]]:
         def go_on() -> None:
@@ -167,7 +179,6 @@ def _kind(error: Exception) -> str:
 
 def main(
     descriptor: int,
-    device: str,
     model_bytes: int | None,
     model_threads: int | None,
     max_json_depth: int,
@@ -180,7 +191,7 @@ def main(
         signal.signal(number, signal.SIG_IGN)
     configure_logs(log_format, log_level)
     connection = socket.socket(fileno=descriptor)
-    ModelProcess(connection, device=device, model_bytes=model_bytes, max_json_depth=max_json_depth).run()
+    ModelProcess(connection, model_bytes=model_bytes, max_json_depth=max_json_depth).run()
 
 
 if __name__ == "__main__":

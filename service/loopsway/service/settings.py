@@ -34,7 +34,8 @@ class IndexSettings(Table):
         task: the task to run, as `path/to/file.py:Class`. None: the one that the index names.
         task_arguments: for the task's constructor. None: those that the index was built with.
         model: False to run no task at all and answer sketches only.
-        device: a torch device name, for the model and the searches.
+        device: a torch device name, for the model, which runs on this machine, and for the searches; those of engine
+            "ray" run on this device of each worker's machine.
         engine: who reads the index's codes: this process, or actors on a Ray cluster.
         workers: of engine "ray": shards. None: one for each GPU of the cluster, or each node.
         address: of engine "ray": the cluster's. None: that of RAY_ADDRESS, or one that is started here.
@@ -133,8 +134,8 @@ class Settings(BaseSettings):
             the one before it ran.
         model_threads: of the process that runs the models. None: all processors but one, which searches and answers
             need, and at least one.
-        model_bytes: of all models' weights in memory; the checkpoints that were not used for longest leave, and are
-            loaded again when they are needed. None: half of the device's free memory.
+        model_bytes: of all models' weights in the memory of one device; the checkpoints that were not used for longest
+            leave, and are loaded again when they are needed. None: half of the device's free memory.
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         max_connection_age_s: after so long a connection takes no new requests, and ends with those that run on it,

@@ -41,14 +41,13 @@ class ModelWorker:
 
     Args:
         settings: the limits.
-        device: a torch device name, for all models.
 
     Attributes:
         num_starts: of processes so far.
     """
 
-    def __init__(self, settings: Settings, device: str) -> None:
-        self._settings, self._device = settings, device
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._loads: dict[str, Message] = {}  # what every process is told to load, by key
         self._unloaded: dict[str, _Unloaded] = {}  # what a later process could not load again, by key
         self._life: _Life | None = None
@@ -131,7 +130,7 @@ class ModelWorker:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> _Life:
-        life = await _Life.begin(self._device, self._settings)
+        life = await _Life.begin(self._settings)
         self.num_starts += 1
         try:
             for key in list(self._loads):
@@ -235,10 +234,10 @@ class _Life:
         self.reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def begin(cls, device: str, settings: Settings) -> _Life:
+    async def begin(cls, settings: Settings) -> _Life:
         ours, theirs = socket.socketpair()
         with theirs:
-            facts = {"descriptor": theirs.fileno(), "device": device, **settings.model_dump(include=OF_PROCESS)}
+            facts = {"descriptor": theirs.fileno(), **settings.model_dump(include=OF_PROCESS)}
             # A fresh interpreter, not a fork: what runs threads, as torch and gRPC do, hangs in a forked child.
             process = subprocess.Popen(
                 [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts)],
