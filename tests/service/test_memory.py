@@ -7,7 +7,6 @@ and stays: by the minute it goes up and down by some 50 MiB.
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,26 +16,9 @@ from loopsway.client import ExampleQuery
 from loopsway.client.load import Load, load_request
 from serving import QUERIES, Served
 
+from .watched_server import used_bytes
+
 REQUEST_BYTES, CALLERS, MIB = 256 << 10, 12, 1 << 20
-
-
-class MallocInfo(ctypes.Structure):
-    """As of glibc's mallinfo2, over all arenas."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
-                     "keepcost")
-    ]  # fmt: skip
-
-
-def used_bytes() -> int:
-    """Of this process, which is the server's and the callers'."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = MallocInfo
-    gc.collect()
-    info = mallinfo()
-    return info.uordblks + info.hblkhd
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -55,6 +37,7 @@ async def test_memory_in_use_is_bounded_under_more_load_than_is_let_in(
     requests = [load_request(ExampleQuery(query | {"text": "x" * REQUEST_BYTES}), k=3) for query in QUERIES]
     async with Load(served.target, timeout_s=60) as load:
         await load.closed({"example": requests}, CALLERS, seconds=1)
+        # Of this process, which is the server's and the callers'.
         before, model_before = used_bytes(), anonymous_bytes(pid)
         measured = await load.closed({"example": requests}, CALLERS, seconds=2)
         after, model_after = used_bytes(), anonymous_bytes(pid)
