@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -172,3 +175,20 @@ CONDITIONS = st.recursive(
 def test_any_filter_matches_what_python_says_of_each_row(condition: Condition) -> None:
     text, holds = condition
     assert matched(text) == [row for row, values in enumerate(ROWS) if holds(values) is True]
+
+
+def test_filters_may_be_read_in_many_threads_at_once() -> None:
+    nested = "clean and (" * 60 + "clean" + ")" * 60
+
+    def let_others_run(*_: Any) -> None:  # while a tree is made, as any finalizer may
+        time.sleep(0)
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50)
+    gc.callbacks.append(let_others_run)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(matched, [nested] * 400)) == [[0, 3]] * 400
+    finally:
+        gc.callbacks.remove(let_others_run)
+        gc.set_threshold(*thresholds)

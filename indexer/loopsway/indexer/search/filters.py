@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from pyarrow import acero
 
 MOST_CHARACTERS = 10_000
+_PARSING = threading.Lock()  # CPython counts one depth for all threads, and raises SystemError where they meet
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -88,7 +90,8 @@ class _Reader:
         if len(self._text) > MOST_CHARACTERS:
             raise FilterError(f"the filter has {len(self._text):,} characters, expected at most {MOST_CHARACTERS:,}")
         try:
-            tree = ast.parse(self._text.strip(), mode="eval")
+            with _PARSING:
+                tree = ast.parse(self._text.strip(), mode="eval")
             return self._condition(tree.body)
         except SyntaxError as error:
             place = f"character {error.offset}" if error.offset else "its end"
