@@ -382,6 +382,33 @@ def test_a_new_certificate_is_taken_and_a_damaged_one_is_not(
         assert (answered(files.ca), answered(newer.ca)) == (False, True)
 
 
+def test_a_new_client_ca_lets_its_own_in_and_those_of_the_one_before_no_more(
+    index_path: Path, files: Files, authority: trustme.CA, tmp_path: Path
+) -> None:
+    second, trusted = trustme.CA(), tmp_path / "clients.pem"
+    certificates: dict[trustme.CA, Tls] = {}
+    for number, issuer in enumerate((authority, second)):
+        cert, key = tmp_path / f"{number}.pem", tmp_path / f"{number}.key"
+        leaf = issuer.issue_cert("client.example")
+        leaf.cert_chain_pems[0].write_to_path(str(cert))
+        leaf.private_key_pem.write_to_path(str(key))
+        certificates[issuer] = Tls(ca=files.ca, cert=cert, key=key)
+
+    def answered(issuer: trustme.CA) -> bool:
+        with Client(target, tls=certificates[issuer], timeout_s=5) as client:
+            try:
+                return client.get_index().name == "tiny"
+            except UnavailableError:
+                return False
+
+    authority.cert_pem.write_to_path(str(trusted))
+    tls = files.settings().model_copy(update={"client_ca": trusted})
+    with serving(index_path, Settings(port=0, grace_s=0, tls=tls)) as target:
+        assert (answered(authority), answered(second)) == (True, False)
+        second.cert_pem.write_to_path(str(trusted))
+        assert (answered(authority), answered(second)) == (False, True)
+
+
 def test_a_check_of_settings_reads_the_certificate(index_path: Path, files: Files) -> None:
     def check(**settings: Any) -> list[str]:
         return check_settings(Settings(indices=[without_model(index_path)], **settings))
