@@ -36,6 +36,7 @@ from loopsway.client import (
 from loopsway.indexer import Index
 from loopsway.service import Settings, SettingsError, TlsSettings, TokenSettings, check_settings
 from loopsway.service.authentication import SCOPES
+from loopsway.service.catalog import Catalog
 from loopsway.service.errors import RateError
 from loopsway.service.tokens import Tokens, digest, new_token
 from loopsway.v1 import attribution_pb2 as pb
@@ -80,7 +81,7 @@ def files(tmp_path: Path, authority: trustme.CA) -> Files:
 
 @pytest.fixture(scope="module")
 def guarded(serve: Callable[..., Served]) -> Served:
-    return serve(tokens=TOKENS)
+    return serve(tokens=TOKENS, aliases={"live": "tiny"})
 
 
 @contextmanager
@@ -119,9 +120,22 @@ async def test_a_known_token_is_answered_by_both_clients(guarded: Served) -> Non
 def test_an_index_that_is_not_allowed_is_hidden_and_refused(guarded: Served) -> None:
     with Client(guarded.target, token=STRANGER) as client:
         assert client.list_indices() == []
-        for name in ("tiny", "nowhere"):  # which of the two exists can't be told
+        for name in ("tiny", "nowhere", "live"):  # which of them exists, and what it stands for, can't be told
             with pytest.raises(PermissionDeniedError, match=f"token stranger has no scope 'read' for index '{name}'"):
                 client.get_index(name)
+
+
+def test_whoever_may_use_an_index_may_by_its_alias_and_no_scope_is_for_an_alias(
+    guarded: Served, index_path: Path
+) -> None:
+    with Client(guarded.target, token=READER) as client:
+        assert client.get_index("live").name == "tiny"
+    for scope in ("read", "admin"):
+        token = {"name": "mover", "sha256": digest(READER), scope: ("live",)}
+        settings = Settings(indices=[without_model(index_path)], aliases={"live": "tiny"}, tokens=[token])
+        for refuse in (check_settings, Catalog):
+            with pytest.raises(SettingsError, match=r"token mover has a scope for live, an alias.*: give it tiny"):
+                refuse(settings)
 
 
 def test_only_the_scope_admin_of_the_very_index_lets_it_be_reloaded(guarded: Served) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from .checks import check_aliases
 from .engine import Engine
 from .errors import PreconditionError, UnavailableError
 from .served import RefusedGeneration, ServedIndex
-from .settings import Settings
+from .settings import Settings, TokenSettings
 from .worker import ModelWorker
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Catalog(Mapping[str, Engine]):
                 raise ValueError(f"two indices are named {name}: give one another name, as NAME=PATH")
             self._served[name] = served
         self._aliases: dict[str, str] = {}
-        self.alias(settings.aliases)
+        self.alias(settings.aliases, settings.tokens)
         self.worker = ModelWorker(settings)
         self._is_asked = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,13 +72,18 @@ class Catalog(Mapping[str, Engine]):
         """The name of the index that this alias stands for now; what is no alias stands for itself."""
         return self._aliases.get(name, name)
 
-    def alias(self, aliases: Mapping[str, str]) -> None:
+    def alias(self, aliases: Mapping[str, str], tokens: Iterable[TokenSettings]) -> None:
         """Takes all of these aliases at once, in place of those before.
 
+        Args:
+            aliases: names of indices, by alias.
+            tokens: that are known beside them.
+
         Raises:
-            SettingsError: one is an index's own name, or of an index that is not served; those before stay.
+            SettingsError: one is an index's own name, of an index that is not served, or in a token's scope; those
+                before stay.
         """
-        check_aliases(aliases, self._served)
+        check_aliases(aliases, self._served, tokens)
         self._aliases = dict(aliases)
 
     async def start(self, on_ready: Callable[[str], Awaitable[None]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 
@@ -12,7 +12,7 @@ from loopsway.wire.hosts import is_loopback_host
 from .credentials import check_certificate
 from .faults import SettingsError
 from .loading import check_engine, newest_sound, task_of
-from .settings import IndexSettings, Settings
+from .settings import IndexSettings, Settings, TokenSettings
 
 
 def check_settings(settings: Settings) -> list[str]:
@@ -52,7 +52,7 @@ def check_settings(settings: Settings) -> list[str]:
         lines.append(f"index {index.name}: {index.num_examples:,} examples, generation {index.generation}, {model}")
         if damage is not None:
             lines.append(f"index {index.name}: its last generation would be refused: {damage}")
-    check_aliases(settings.aliases, names)
+    check_aliases(settings.aliases, names, settings.tokens)
     return lines
 
 
@@ -61,17 +61,24 @@ def _opened(asked: IndexSettings, generation: int | None) -> Index:
     return open_index(asked.path, generation=generation, name=asked.name, device=asked.device if here else "cpu")
 
 
-def check_aliases(aliases: Mapping[str, str], names: Collection[str]) -> None:
-    """Refuses aliases that do not stand for exactly one of the indices of these names.
+def check_aliases(aliases: Mapping[str, str], names: Collection[str], tokens: Iterable[TokenSettings]) -> None:
+    """Refuses aliases that do not stand for exactly one of the indices of these names, or that a token's scope names.
 
     Raises:
-        SettingsError: one is an index's own name, or of an index that is not served.
+        SettingsError: one is an index's own name, or of an index that is not served; or a scope would move with it.
     """
     for alias, name in aliases.items():
         if alias in names:
             raise SettingsError(f"alias {alias} is the name of an index itself; take another")
         if name not in names:
             raise SettingsError(f"alias {alias} is of index {name}, the indices are {', '.join(names)}")
+    for token in tokens:
+        for alias in (*token.read, *token.admin):
+            if alias in aliases:
+                raise SettingsError(
+                    f"token {token.name} has a scope for {alias}, an alias; scopes are for indices by their own names: "
+                    f"give it {aliases[alias]}"
+                )
 
 
 def check_exposure(settings: Settings) -> None:

@@ -125,7 +125,7 @@ class Server:
                 "there are tokens, and this server was started without any: it asks nobody for one until it is started "
                 "again"
             )
-        self.catalog.alias(settings.aliases)
+        self.catalog.alias(settings.aliases, settings.tokens)
         if self._tokens is None:
             return
         self._tokens.replace(settings.tokens)

@@ -266,12 +266,12 @@ class Servicer(AttributionServicer):
         refused = self._engines.refused(engine.name)
         return await _encoded(lambda: encoding.index_message(engine, refused))
 
-    def _engine(self, name: str) -> Engine:
-        """The engine of an index that the caller may use."""
-        name, engines = self._engines.index_name(name), allowed(self._engines)
+    def _engine(self, asked: str) -> Engine:
+        """The engine of an index that the caller may use, asked for by its name or an alias."""
+        name, engines = self._engines.index_name(asked), allowed(self._engines)
         if not name and len(engines) == 1:
             (name,) = engines
-        check_allowed(name)
+        check_allowed(name, asked)
         if not name:
             raise InvalidFieldError(f"index is empty, and this server has several: {_listed(engines)}", field="index")
         if name not in engines:

@@ -74,7 +74,7 @@ class TokenSettings(Table):
     Attributes:
         name: of the caller, for the log and for errors.
         sha256: of the token, in hexadecimal.
-        read: the names of the indices that it may ask; "*" stands for all.
+        read: the names of the indices that it may ask, never aliases, which move; "*" stands for all.
         admin: the same of those that it may also have reloaded (ReloadIndex).
         requests_per_second: calls, and batches of a stream, which wait for it. None: any number.
         burst: requests that may come at once after a pause.

@@ -62,8 +62,12 @@ def allowed(engines: Mapping[str, _Value]) -> dict[str, _Value]:
     return {name: value for name, value in engines.items() if caller is None or caller.may_use(name)}
 
 
-def check_allowed(index: str) -> None:
+def check_allowed(index: str, asked: str) -> None:
     """Refuses an index that the caller may not use, whether or not there is one of that name.
+
+    Args:
+        index: its own name. Empty: the caller named none.
+        asked: the name that the caller used, which the refusal tells alone: an alias, maybe.
 
     Raises:
         ForbiddenError: it may not.
@@ -72,7 +76,7 @@ def check_allowed(index: str) -> None:
     caller = CALLER.get()
     if caller is None or (caller.may_use(index) if index else caller.indices):
         return
-    of = f"index {index!r}" if index else "any index"
+    of = f"index {asked!r}" if index else "any index"
     raise ForbiddenError(f"token {caller.token.name} has no scope {caller.scope!r} for {of}", field="index")
 
 
