@@ -157,6 +157,30 @@ def test_the_state_is_looked_up_when_somebody_asks(observed: Served) -> None:
     assert worker.num_starts == starts >= 1
 
 
+def test_the_sizes_of_batches_are_counted_by_index(observed: Served) -> None:
+    def counted() -> dict[str, float]:
+        found = samples(observed)
+        bounds: list[dict[str, str]] = [{}, {}, *({"le": each} for each in ("1.0", "2.0", "4.0", "+Inf"))]
+        kinds = ["_sum", "_count", *["_bucket"] * 4]
+        return {
+            kind + label.get("le", ""): value(found, f"loopsway_batch_examples{kind}", index="tiny", **label)
+            for kind, label in zip(kinds, bounds, strict=True)
+        }
+
+    request = pb.FindInfluencesRequest(queries=[example(QUERIES[0])])
+    before = counted()
+    observed.gate.hold()
+    alone = observed.stub.FindInfluences.future(request)
+    observed.gate.wait_until_entered()
+    together = [observed.stub.FindInfluences.future(request) for _ in range(3)]
+    wait_for(lambda: value(samples(observed), "loopsway_queries_waiting", index="tiny") == 3)
+    observed.gate.open()
+    assert all(call.result(30).results for call in (alone, *together))
+    after = counted()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown == {"_sum": 4, "_count": 2, "_bucket1.0": 1, "_bucket2.0": 1, "_bucket4.0": 2, "_bucket+Inf": 2}
+
+
 def test_a_request_has_the_id_that_its_caller_gave_it_or_one_of_the_servers(observed: Served) -> None:
     def asked(*given: str) -> str:
         metadata = tuple(("x-request-id", each) for each in given)

@@ -6,7 +6,8 @@ is looked up when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
@@ -19,14 +20,16 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from .catalog import Catalog
 from .record import PartName, Record
 
 # From a search in a small index to a sketch that waits for its model to be loaded.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # examples
 
 
 class Metrics:
@@ -138,11 +141,26 @@ class _State(Collector):
             reloads.add_metric([name, outcome], count)
         yield reloads
         worker = self._catalog.worker
+        yield _sizes(worker.batches)
         yield CounterMetricFamily(
             "loopsway_model_process_starts", "Starts of the models' process.", value=worker.num_starts
         )
         yield GaugeMetricFamily("loopsway_models_resident", "Checkpoints in memory.", value=worker.held[0])
         yield GaugeMetricFamily("loopsway_model_bytes", "Bytes of their weights.", value=worker.held[1])
+
+
+def _sizes(batches: Mapping[str, Mapping[int, int]]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(
+        "loopsway_batch_examples", "Examples that a model sketched together, warm-ups included.", labels=("index",)
+    )
+    for name, counts in list(batches.items()):
+        sizes = dict(counts)
+        buckets = [
+            (floatToGoString(most), sum(count for size, count in sizes.items() if size <= most))
+            for most in (*BATCHES, math.inf)
+        ]
+        family.add_metric([name], buckets, sum(size * count for size, count in sizes.items()))
+    return family
 
 
 def _of_index(name: str, what: str) -> GaugeMetricFamily:

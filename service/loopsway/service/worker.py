@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -44,6 +45,7 @@ class ModelWorker:
 
     Attributes:
         num_starts: of processes so far.
+        batches: by the index's name, how many batches of each size were sketched.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -54,6 +56,7 @@ class ModelWorker:
         self._starting: asyncio.Task[_Life] | None = None
         self._failures, self._next_start, self._is_stopped = 0, 0.0, False
         self.num_starts = 0
+        self.batches: defaultdict[str, Counter[int]] = defaultdict(Counter)
 
     @property
     def pid(self) -> int | None:
@@ -104,6 +107,8 @@ class ModelWorker:
             await self._load_late(life, key)
         reply = await life.request({"kind": "sketch", "key": key, "items": items})
         self._failures = 0
+        if (facts := self._loads.get(key)) is not None:  # not forgotten meanwhile
+            self.batches[facts["name"]][len(items)] += 1
         return reply
 
     async def stop(self) -> None:
