@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,4 @@ def test_get_index_describes_the_index(served: Served, index: Index, name: str) 
     assert message.accepts_examples
     assert message.max_gradient_bytes == 1 << 30
     assert not message.HasField("refused")
+    assert message.server_version == version("loopsway")

@@ -93,7 +93,7 @@ def test_each_metric_and_label_of_the_dashboard_exists(serve: Callable[..., Serv
     assert ours - named == set(), "each metric is in a panel"
     labels = {name for each in expressions for name in re.findall(r"(\w+)=?[=~!]", each)}
     labels |= {name for each in expressions for by in re.findall(r"by \(([^)]*)\)", each) for name in by.split(", ")}
-    assert labels == {"index", "method", "code", "part", "outcome", "job", "instance", "le"}
+    assert labels == {"index", "method", "code", "part", "outcome", "job", "instance", "le", "version"}
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}

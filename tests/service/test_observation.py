@@ -8,6 +8,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def test_what_a_caller_names_is_no_label(observed: Served) -> None:
 
 def test_the_state_is_looked_up_when_somebody_asks(observed: Served) -> None:
     found = samples(observed)
+    assert value(found, "loopsway_info", version=metadata.version("loopsway")) == 1
     assert value(found, "loopsway_index_generation", index="tiny") == 1
     assert value(found, "loopsway_index_examples", index="tiny") == 48
     assert value(found, "loopsway_models_resident") == 2

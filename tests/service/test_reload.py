@@ -275,12 +275,13 @@ def test_sighup_points_aliases_elsewhere_and_finds_generations(own_index: Path, 
     config.write_text(text + "aliases = {live = 'tiny'}\n")
     with commanded(config) as (child, client):
         assert client.get_index("live").name == "tiny"
-        assert [index.name for index in client.list_indices()] == ["second", "tiny"]
+        assert [(index.name, index.aliases) for index in client.list_indices()] == [("second", ()), ("tiny", ("live",))]
         config.write_text(text + "aliases = {live = 'second'}\n")
         delete_examples(other, ids=["tiny-3"])
         assert (client.get_index("live").name, client.get_index("second").generation) == ("tiny", 1), "unasked"
         child.send_signal(signal.SIGHUP)
         wait_for(lambda: client.get_index("live").name == "second")
+        assert (client.get_index("tiny").aliases, client.get_index("second").aliases) == ((), ("live",))
         wait_for(lambda: client.get_index("live").generation == 2)
         config.write_text(text + "aliases = {live = 'none'}\n")
         child.send_signal(signal.SIGHUP)

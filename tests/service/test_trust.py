@@ -109,7 +109,7 @@ def test_without_a_known_token_nothing_is_answered(guarded: Served, token: str |
 async def test_a_known_token_is_answered_by_both_clients(guarded: Served) -> None:
     query = ExampleQuery(QUERIES[0])
     with Client(guarded.target, token=READER) as client:
-        assert [index.name for index in client.list_indices()] == ["tiny"]
+        assert [(index.name, index.aliases) for index in client.list_indices()] == [("tiny", ("live",))]
         assert client.find_influences([query], k=1)
         assert list(client.score_examples([query]))
     async with AsyncClient(guarded.target, token=READER) as other:

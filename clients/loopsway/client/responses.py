@@ -53,6 +53,8 @@ def index_info(index: pb.Index) -> IndexInfo:
         accepts_examples=index.accepts_examples,
         max_gradient_bytes=index.max_gradient_bytes,
         refused=_refused(index.refused) if index.HasField("refused") else None,
+        aliases=tuple(index.aliases),
+        server_version=index.server_version or None,
     )
 
 

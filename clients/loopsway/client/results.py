@@ -58,6 +58,8 @@ class IndexInfo:
         accepts_examples: False when it is served without its model, and answers sketches only.
         max_gradient_bytes: of one query that comes as gradients; 0 when the index takes none.
         refused: a newer generation that is published, but can't be answered from. None: there is none.
+        aliases: other names that requests may ask for it by now.
+        server_version: of Loopsway, of the server that answered. None: it is too old to say.
     """
 
     name: str
@@ -78,6 +80,8 @@ class IndexInfo:
     accepts_examples: bool
     max_gradient_bytes: int
     refused: RefusedGeneration | None
+    aliases: tuple[str, ...]
+    server_version: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

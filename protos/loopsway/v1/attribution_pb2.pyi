@@ -541,6 +541,8 @@ class Index(_message.Message):
     ACCEPTS_EXAMPLES_FIELD_NUMBER: _builtins.int
     MAX_GRADIENT_BYTES_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    SERVER_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name by which requests ask for it."""
     example_count: _builtins.int
@@ -567,6 +569,10 @@ class Index(_message.Message):
     """The most bytes that one query's gradients may have, as GradientHeader.total_bytes. 0: the index takes no gradients
     (it is optimizer-aware, and its scales are in the task's checkpoints).
     """
+    server_version: _builtins.str
+    """The version of Loopsway of the server that describes it, such as 0.1.0; replicas may differ. Empty from a server
+    older than this field.
+    """
     @_builtins.property
     def loop(self) -> Global___Loop:
         """The loop whose steps are resolved."""
@@ -591,6 +597,10 @@ class Index(_message.Message):
     def refused(self) -> Global___RefusedGeneration:
         """The newer generation that is published, but can't be answered from. Unset when there is none."""
 
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The other names by which requests may ask for it now, ascending; whoever runs the server may point them elsewhere."""
+
     def __init__(
         self,
         *,
@@ -610,10 +620,12 @@ class Index(_message.Message):
         accepts_examples: _builtins.bool = ...,
         max_gradient_bytes: _builtins.int = ...,
         refused: Global___RefusedGeneration | None = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        server_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "loop", b"loop", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_examples", b"accepts_examples", "bits", b"bits", "checkpoints", b"checkpoints", "create_time", b"create_time", "example_count", b"example_count", "fingerprint", b"fingerprint", "generation", b"generation", "loop", b"loop", "max_gradient_bytes", b"max_gradient_bytes", "name", b"name", "recalls", b"recalls", "refused", b"refused", "size_bytes", b"size_bytes", "step_count", b"step_count", "steps_without_gradient", b"steps_without_gradient", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_examples", b"accepts_examples", "aliases", b"aliases", "bits", b"bits", "checkpoints", b"checkpoints", "create_time", b"create_time", "example_count", b"example_count", "fingerprint", b"fingerprint", "generation", b"generation", "loop", b"loop", "max_gradient_bytes", b"max_gradient_bytes", "name", b"name", "recalls", b"recalls", "refused", b"refused", "server_version", b"server_version", "size_bytes", b"size_bytes", "step_count", b"step_count", "steps_without_gradient", b"steps_without_gradient", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -72,6 +72,10 @@ class Catalog(Mapping[str, Engine]):
         """The name of the index that this alias stands for now; what is no alias stands for itself."""
         return self._aliases.get(name, name)
 
+    def aliases_of(self, name: str) -> list[str]:
+        """The aliases that stand for an index now, ascending."""
+        return sorted(alias for alias, of in self._aliases.items() if of == name)
+
     def alias(self, aliases: Mapping[str, str], tokens: Iterable[TokenSettings]) -> None:
         """Takes all of these aliases at once, in place of those before.
 

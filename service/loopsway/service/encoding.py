@@ -19,12 +19,13 @@ from .engine import Engine
 from .queries import ResolvedQuery
 from .served import RefusedGeneration
 from .stretches import Stretch
+from .version import server_version
 
 # Beyond it, a double skips whole numbers.
 MAX_EXACT_INTEGER = 1 << 53
 
 
-def index_message(engine: Engine, refused: RefusedGeneration | None) -> pb.Index:
+def index_message(engine: Engine, refused: RefusedGeneration | None, aliases: Sequence[str]) -> pb.Index:
     """Measures the index's size on disk: not for the event loop."""
     index = engine.index
     message = pb.Index(
@@ -45,6 +46,8 @@ def index_message(engine: Engine, refused: RefusedGeneration | None) -> pb.Index
         recalls=_recalls(index.recall),
         accepts_examples=engine.accepts_examples,
         max_gradient_bytes=engine.max_gradient_bytes,
+        aliases=aliases,
+        server_version=server_version(),
     )
     message.create_time.FromDatetime(datetime.fromisoformat(index.created_at))
     if refused is not None:

@@ -26,6 +26,7 @@ from prometheus_client.utils import floatToGoString
 
 from .catalog import Catalog
 from .record import PartName, Record
+from .version import server_version
 
 # From a search in a small index to a sketch that waits for its model to be loaded.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -140,6 +141,9 @@ class _State(Collector):
         for (name, outcome), count in list(self._catalog.reloads.items()):
             reloads.add_metric([name, outcome], count)
         yield reloads
+        info = GaugeMetricFamily("loopsway_info", "1, for the server's version.", labels=("version",))
+        info.add_metric([server_version()], 1)
+        yield info
         worker = self._catalog.worker
         yield _sizes(worker.batches)
         yield CounterMetricFamily(

@@ -264,7 +264,8 @@ class Servicer(AttributionServicer):
 
     async def _described(self, engine: Engine) -> pb.Index:
         refused = self._engines.refused(engine.name)
-        return await _encoded(lambda: encoding.index_message(engine, refused))
+        aliases = self._engines.aliases_of(engine.name)
+        return await _encoded(lambda: encoding.index_message(engine, refused, aliases))
 
     def _engine(self, asked: str) -> Engine:
         """The engine of an index that the caller may use, asked for by its name or an alias."""
