@@ -44,12 +44,14 @@ class TinyTask(Task):
             no `held`; the file `largest` has the largest batch that memory suffices for, and `broken` stands for a
             fault of the device in one call. Each time a checkpoint is loaded adds a byte to `loads`, and ends when
             there is no `loading_held`; it fails while there is `hidden`.
+        freed_bytes: of memory that it leaves behind.
     """
 
     loop = Loop(body=["block"])
 
-    def __init__(self, learning_rate: float = 0.1, gate: str | None = None) -> None:
+    def __init__(self, learning_rate: float = 0.1, gate: str | None = None, freed_bytes: int = 0) -> None:
         self._learning_rate = learning_rate
+        self._kept = leave_freed(freed_bytes)
         draw = torch.Generator().manual_seed(0)
         self._tokens = torch.randint(VOCABULARY, (NUM_EXAMPLES, LENGTH + 1), generator=draw).tolist()
         self._gate = None if gate is None else Path(gate)
@@ -118,6 +120,12 @@ class TinyTask(Task):
 def _wait_while(file: Path) -> None:
     while file.exists():
         time.sleep(0.002)
+
+
+def leave_freed(size_bytes: int) -> list[bytearray]:
+    """Frees so much memory between small blocks that live on, in which the C library keeps it; gives these."""
+    blocks = [(bytearray(64 << 10), bytearray(1 << 10)) for _ in range(size_bytes >> 16)]
+    return [small for _, small in blocks]
 
 
 def _count(file: Path) -> None:

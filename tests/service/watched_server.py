@@ -12,18 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
+from loopsway.service.freed_memory import MallocInfo
+
 # To the process that is watched: all of its memory comes from the C library, which tells what is in use.
 ENVIRONMENT = {"PYTHONMALLOC": "malloc", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-
-
-class MallocInfo(ctypes.Structure):
-    """As of glibc's mallinfo2, over all arenas."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
-                     "keepcost")
-    ]  # fmt: skip
 
 
 def used_bytes() -> int:

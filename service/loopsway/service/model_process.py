@@ -29,6 +29,7 @@ from loopsway.indexer.memory import is_device_fault
 from loopsway.indexer.sketches.weights import WeightMemory
 
 from .frames import LENGTH, Message, decoded, encoded
+from .freed_memory import give_back_freed_memory
 from .loaded_task import LoadedTask, QueryError
 from .logs import LogFormat, configure_logs
 
@@ -190,6 +191,7 @@ def main(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     configure_logs(log_format, log_level)
+    give_back_freed_memory()
     connection = socket.socket(fileno=descriptor)
     ModelProcess(connection, model_bytes=model_bytes, max_json_depth=max_json_depth).run()
 

@@ -26,6 +26,7 @@ from .catalog import Catalog
 from .checks import check_exposure, check_tracing
 from .credentials import server_credentials
 from .faults import SettingsError
+from .freed_memory import give_back_freed_memory
 from .logs import configure_logs
 from .metrics import Metrics
 from .observation import Observation
@@ -75,6 +76,9 @@ class Server:
                 # Of more that came at once gRPC itself cancels some, before anybody could say when to come back.
                 ("grpc.server.max_pending_requests", BURST),
                 ("grpc.server.max_pending_requests_hard_limit", 2 * BURST),
+                # Each takes 64 KiB of memory until it is read, however large it is. A window that grows with the
+                # connection's speed would take all of it in: gigabytes, for sketches.
+                ("grpc.http2.bdp_probe", 0),
             ],
         )
         self._servicer = Servicer(self.catalog, settings)
@@ -186,6 +190,7 @@ def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callabl
     """
     # Nothing changes where the caller has set logging up.
     configure_logs(settings.log_format, settings.log_level)
+    give_back_freed_memory()
     asyncio.run(_serve(settings, ready_file, reread))
 
 
