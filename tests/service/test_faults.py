@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from loopsway.client import Client, ExampleQuery, UnavailableError
+from loopsway.client import AsyncClient, Client, ExampleQuery, InfluenceResult, UnavailableError
 from loopsway.indexer import Checkpoint, Index, load_task
 from loopsway.indexer.memory import is_device_fault, is_out_of_memory
 from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
@@ -79,6 +80,37 @@ def test_a_killed_model_process_costs_the_queries_under_way_and_nothing_else(
     assert worker.num_starts == 2
     health: Any = health_pb2_grpc.HealthStub(served.channel)
     assert health.Check(health_pb2.HealthCheckRequest(service="tiny")).status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+async def test_a_batch_in_a_process_that_dies_is_asked_again_or_says_when(
+    serve: Callable[..., Served], retries: int
+) -> None:
+    served = serve()
+
+    def ask() -> list[Any]:
+        with Client(served.target, overload_retries=retries) as client:
+            return list(client.stream_influences([ExampleQuery(QUERIES[0])], k=1, request_id="mine"))
+
+    async def ask_too() -> list[Any]:
+        async with AsyncClient(served.target, overload_retries=retries) as client:
+            queries = [ExampleQuery(QUERIES[0])]
+            return [each async for each in client.stream_influences(queries, k=1, request_id="mine")]
+
+    for asking in (lambda: asyncio.to_thread(ask), ask_too):
+        served.gate.hold()
+        stream = asyncio.ensure_future(asking())
+        await asyncio.to_thread(served.gate.wait_until_entered)
+        kill(served)
+        served.gate.open()
+        [answer] = await stream
+        if retries:
+            assert isinstance(answer, InfluenceResult)
+            continue
+        assert isinstance(answer, UnavailableError)
+        assert (answer.retry_after_s, answer.request_id) == (1, "mine")
+        assert str(answer).endswith("ask again in 1 s")
+        wait_for(lambda: served.server.catalog.worker.pid)
 
 
 class ScantShards(LocalShards):

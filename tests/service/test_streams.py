@@ -23,6 +23,7 @@ from loopsway.client import (
     NotFoundError,
     OverloadedError,
     Query,
+    ServerError,
     SketchQuery,
 )
 from loopsway.client.requests import query_messages
@@ -78,7 +79,11 @@ def test_a_batch_that_fails_gives_its_error_and_the_stream_goes_on(served: Serve
     missing = answers[2]
     assert isinstance(missing, NotFoundError)
     assert missing.field == "queries[0].example_id"
-    assert "secret" not in str(answers[-1])
+    failed = answers[-1]
+    assert isinstance(failed, ServerError)
+    assert "secret" not in str(failed)
+    assert failed.request_id
+    assert str(failed).endswith(f"its log says why, under request_id {failed.request_id}")
 
 
 def test_tags_come_back_with_the_answers_and_each_batch_may_ask_otherwise(served: Served, index: Index) -> None:
@@ -205,6 +210,14 @@ async def test_the_asyncio_stream_has_a_deadline_for_each_batch_too(serve: Calla
                     pass
     finally:
         served.gate.open()
+
+
+def test_a_caller_may_take_longer_over_an_answer_than_the_server_may(served: Served) -> None:
+    with Client(served.target) as client:
+        stream = client.stream_influences(queries_of(12), batch=1, timeout_s=1)
+        next(stream)
+        time.sleep(2)
+        assert len(list(stream)) == 11
 
 
 async def test_what_the_callers_own_queries_raise_is_raised_to_the_caller(served: Served) -> None:

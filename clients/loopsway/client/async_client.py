@@ -23,15 +23,16 @@ from .channel import (
     DEFAULT_TIMEOUT_S,
     Patience,
     channel_options,
+    new_request_id,
     request_metadata,
 )
 from .credentials import Tls, channel_credentials
-from .errors import error_from_rpc
+from .errors import LoopswayError, error_from_rpc
 from .gradients import OnBytes, gradient_requests
 from .options import By, InfluenceOptions, Resolve, TrajectoryResolve
 from .queries import Query, SketchQuery
 from .results import ExampleNeighbors, IndexInfo, InfluenceResult, ScoreChunk, Trajectories
-from .streaming import Answer, OnAnswered, Outgoing, streamed_async
+from .streaming import Answer, OnAnswered, Outcome, Outgoing, streamed_async
 
 _Response = TypeVar("_Response")
 
@@ -94,11 +95,14 @@ class AsyncClient:
     ) -> AsyncIterator[Answer]:
         """As `Client.stream_influences`, for `async for`; queries may be asynchronous too."""
         template = requests.influences_request((), **options)
+        request_id = new_request_id() if request_id is None else request_id
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         return streamed_async(
             partial(self._stub.StreamInfluences, metadata=request_metadata(request_id)),
             queries,
-            Outgoing(template, batch),
-            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+            Outgoing(template, batch, request_id),
+            partial(self._again, timeout_s=timeout_s, request_id=request_id),
+            timeout_s=timeout_s,
             on_progress=on_progress,
             target=self._target,
         )
@@ -219,7 +223,23 @@ class AsyncClient:
     async def _call(
         self, method: Callable[..., Awaitable[_Response]], request: Any, timeout_s: float | None, request_id: str | None
     ) -> _Response:
-        patience, metadata = self._patience(request, timeout_s), request_metadata(request_id)
+        return await self._patiently(method, request, self._patience(request, timeout_s), request_id)
+
+    async def _again(
+        self, request: pb.FindInfluencesRequest, error: LoopswayError, timeout_s: float, request_id: str
+    ) -> Outcome:
+        """As `streaming.AgainAsync`."""
+        patience = self._patience(request, timeout_s)
+        try:
+            await asyncio.sleep(patience.wait_s(error, of_batch=True))
+            return await self._patiently(self._stub.FindInfluences, request, patience, request_id)
+        except LoopswayError as last:
+            return last
+
+    async def _patiently(
+        self, method: Callable[..., Awaitable[_Response]], request: Any, patience: Patience, request_id: str | None
+    ) -> _Response:
+        metadata = request_metadata(request_id)
         while True:
             try:
                 return await method(request, timeout=patience.left_s(), metadata=metadata)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import secrets
 import time
 
 from .credentials import is_loopback
-from .errors import REQUEST_ID_KEY, InvalidQueryError, LoopswayError, OverloadedError
+from .errors import REQUEST_ID_KEY, InvalidQueryError, LoopswayError, OverloadedError, UnavailableError
 
 SERVICE = "loopsway.v1.Attribution"
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -64,13 +65,18 @@ def request_metadata(request_id: str | None) -> tuple[tuple[str, str], ...]:
     return ((REQUEST_ID_KEY, request_id),)
 
 
+def new_request_id() -> str:
+    """For a stream: of one that a server made, the client learns at its end, and a batch's error tells it before."""
+    return secrets.token_hex(8)
+
+
 class Patience:
-    """How often, and how long, one call waits for a server that asks to be tried again.
+    """How often, and how long, one call, or one batch of a stream, waits for a server that asks to be tried again.
 
     Args:
         retries: after the first try.
         timeout_s: of the call, with all tries and waits.
-        repeatable: whether the request can be sent again. A stream's can't: it was read.
+        repeatable: whether the request can be sent again. A stream can't: it was read.
     """
 
     def __init__(self, retries: int, timeout_s: float, *, repeatable: bool) -> None:
@@ -80,9 +86,15 @@ class Patience:
     def left_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
-    def wait_s(self, error: LoopswayError) -> float:
-        """Seconds to wait before the next try; raises the error when there is none."""
-        if not isinstance(error, OverloadedError) or error.retry_after_s is None or not self._retries:
+    def wait_s(self, error: LoopswayError, *, of_batch: bool = False) -> float:
+        """Seconds to wait before the next try; raises the error when there is none.
+
+        Args:
+            error: of the last try.
+            of_batch: it is one of a stream's batch. Of calls, gRPC itself tries again what was unavailable.
+        """
+        kinds = (OverloadedError, UnavailableError) if of_batch else (OverloadedError,)
+        if not isinstance(error, kinds) or error.retry_after_s is None or not self._retries:
             raise error
         wait = error.retry_after_s * random.uniform(1.0, 1.2)  # not all at the same moment
         if wait >= self.left_s():

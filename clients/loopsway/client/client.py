@@ -25,15 +25,16 @@ from .channel import (
     DEFAULT_TIMEOUT_S,
     Patience,
     channel_options,
+    new_request_id,
     request_metadata,
 )
 from .credentials import Tls, channel_credentials
-from .errors import error_from_rpc
+from .errors import LoopswayError, error_from_rpc
 from .gradients import OnBytes, gradient_requests
 from .options import By, InfluenceOptions, Resolve, TrajectoryResolve
 from .queries import Query, SketchQuery
 from .results import ExampleNeighbors, IndexInfo, InfluenceResult, ScoreChunk, Trajectories
-from .streaming import Answer, OnAnswered, Outgoing, streamed
+from .streaming import Answer, OnAnswered, Outcome, Outgoing, streamed
 
 _Response = TypeVar("_Response")
 
@@ -63,8 +64,8 @@ class Client:
             token: the caller's, where the server wants one. Goes over TLS, or to this machine.
             tls: None: plaintext.
             timeout_s: the deadline of each call that names none, retries included.
-            overload_retries: how often a call is sent again, after the time that an overloaded server asks for; never
-                streams, nor beyond the deadline.
+            overload_retries: how often a call is sent again, after the time that an overloaded server asks for, and a
+                batch of a stream that it can't answer for now; never other streams, nor beyond the deadline.
             max_message_bytes: the largest request to send and response to accept.
 
         Raises:
@@ -137,11 +138,14 @@ class Client:
             For each query its result, or the error that its batch failed with.
         """
         template = requests.influences_request((), **options)
+        request_id = new_request_id() if request_id is None else request_id
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         return streamed(
             partial(self._stub.StreamInfluences, metadata=request_metadata(request_id)),
             queries,
-            Outgoing(template, batch),
-            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+            Outgoing(template, batch, request_id),
+            partial(self._again, timeout_s=timeout_s, request_id=request_id),
+            timeout_s=timeout_s,
             on_progress=on_progress,
             target=self._target,
         )
@@ -327,7 +331,23 @@ class Client:
     def _call(
         self, method: Callable[..., _Response], request: Any, timeout_s: float | None, request_id: str | None
     ) -> _Response:
-        patience, metadata = self._patience(request, timeout_s), request_metadata(request_id)
+        return self._patiently(method, request, self._patience(request, timeout_s), request_id)
+
+    def _again(
+        self, request: pb.FindInfluencesRequest, error: LoopswayError, timeout_s: float, request_id: str
+    ) -> Outcome:
+        """As `streaming.Again`."""
+        patience = self._patience(request, timeout_s)
+        try:
+            time.sleep(patience.wait_s(error, of_batch=True))
+            return self._patiently(self._stub.FindInfluences, request, patience, request_id)
+        except LoopswayError as last:
+            return last
+
+    def _patiently(
+        self, method: Callable[..., _Response], request: Any, patience: Patience, request_id: str | None
+    ) -> _Response:
+        metadata = request_metadata(request_id)
         while True:
             try:
                 return method(request, timeout=patience.left_s(), metadata=metadata)

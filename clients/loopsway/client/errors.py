@@ -6,7 +6,7 @@ LoopswayError
 ├── AuthenticationError                  the server knows no such token, or wants one
 ├── PermissionDeniedError (PermissionError)  the token does not allow this
 ├── FailedPreconditionError              right in form, but not for this index (fingerprint, no model)
-├── UnavailableError (ConnectionError)   no server answers, after retries
+├── UnavailableError (ConnectionError)   no server answers, after retries, or not now; `.retry_after_s` if it says when
 ├── OverloadedError                      too many requests, in all or with the token; ask again after `.retry_after_s`
 ├── DeadlineError (TimeoutError)         no answer within `timeout_s`
 └── ServerError                          the server failed; its log says why
@@ -64,7 +64,15 @@ class PermissionDeniedError(LoopswayError, PermissionError):
 
 
 class UnavailableError(LoopswayError, ConnectionError):
-    """No server answers at the target, or it lacks for now what it needs to answer."""
+    """No server answers at the target, or it lacks for now what it needs to answer.
+
+    Attributes:
+        retry_after_s: seconds after which the server asks to be tried again. None: none answered, or it didn't say.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
 
 
 class OverloadedError(LoopswayError):
@@ -117,7 +125,7 @@ def _error(failure: grpc.RpcError, status: bytes, target: str) -> LoopswayError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return _exhausted(text, retry_delay_s(status))
     if code is grpc.StatusCode.UNAVAILABLE and (delay := retry_delay_s(status)) is not None:
-        return UnavailableError(f"{text}; ask again in {delay:g} s")
+        return _unavailable(text, delay)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return UnavailableError(
             f"no Loopsway server answers at {target}: start one (`loopsway serve --index PATH`) or check the target. "
@@ -128,13 +136,28 @@ def _error(failure: grpc.RpcError, status: bytes, target: str) -> LoopswayError:
     return ServerError(f"the server at {target} failed ({code.name}): {text}; its log says why")
 
 
-def error_from_failure(failure: pb.Failure) -> LoopswayError:
-    """The exception for a batch that a stream did not answer."""
+def error_from_failure(failure: pb.Failure, request_id: str) -> LoopswayError:
+    """The exception for a batch that the stream of this id did not answer."""
+    error = _batch_error(failure, request_id)
+    error.request_id = request_id
+    return error
+
+
+def _batch_error(failure: pb.Failure, request_id: str) -> LoopswayError:
     code = next((each for each in grpc.StatusCode if cast("tuple[int, str]", each.value)[0] == failure.code), None)
     if code in _PLAIN:
         text = f"{failure.field}: {failure.message}" if failure.field else failure.message
         return _PLAIN[code](text, field=failure.field or None)
-    return ServerError(f"the server failed ({code.name if code else failure.code}): {failure.message}")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(failure.message, failure.retry_delay.ToMilliseconds() / 1000)
+    return ServerError(
+        f"the server failed ({code.name if code else failure.code}): {failure.message}; its log says why, under "
+        f"request_id {request_id}"
+    )
+
+
+def _unavailable(text: str, retry_after_s: float) -> UnavailableError:
+    return UnavailableError(f"{text}; ask again in {retry_after_s:g} s", retry_after_s=retry_after_s)
 
 
 def _exhausted(text: str, retry_after_s: float | None) -> LoopswayError:

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -30,6 +30,10 @@ END: Any = grpc.aio.EOF  # pyright: ignore  # not in its stubs
 
 OnAnswered: TypeAlias = Callable[[int], object]
 Answer: TypeAlias = InfluenceResult | LoopswayError
+Outcome: TypeAlias = pb.FindInfluencesResponse | LoopswayError
+# Asks for a batch once more, by itself, if its error says when; gives what became of it in the end.
+Again: TypeAlias = Callable[[pb.FindInfluencesRequest, LoopswayError], Outcome]
+AgainAsync: TypeAlias = Callable[[pb.FindInfluencesRequest, LoopswayError], Awaitable[Outcome]]
 
 
 class Outgoing:
@@ -38,18 +42,19 @@ class Outgoing:
     Args:
         template: of each batch's request, without queries.
         batch: queries in a batch.
+        request_id: of the stream.
 
     Attributes:
         error: that ended the queries early.
         num_answered: queries.
     """
 
-    def __init__(self, template: pb.FindInfluencesRequest, batch: int) -> None:
+    def __init__(self, template: pb.FindInfluencesRequest, batch: int, request_id: str) -> None:
         if batch < 1:
             raise InvalidQueryError(f"batch is {batch}, expected at least 1", field="batch")
-        self._template, self.batch = template, batch
-        self._waiting: deque[tuple[int, float]] = deque()  # how many queries, and when they were sent
-        self._last_answer = time.monotonic()
+        self._template, self.batch, self._request_id = template, batch, request_id
+        self._waiting: deque[tuple[pb.FindInfluencesRequest, float]] = deque()  # with when they were sent
+        self._reading_since: float | None = None
         self.error: BaseException | None = None
         self.num_answered = 0
 
@@ -57,21 +62,31 @@ class Outgoing:
         request = pb.FindInfluencesRequest()
         request.CopyFrom(self._template)
         request.queries.extend(requests.query_messages(queries))
-        self._waiting.append((len(queries), time.monotonic()))
+        self._waiting.append((request, time.monotonic()))
         return pb.StreamInfluencesRequest(request=request)
 
-    def waited_s(self) -> float:
-        """How long the server has been at the oldest batch; 0 while it has none."""
-        return time.monotonic() - max(self._waiting[0][1], self._last_answer) if self._waiting else 0.0
+    def reads(self) -> None:
+        """The next answer is waited for from now on."""
+        self._reading_since = time.monotonic()
 
-    def answers(self, response: pb.StreamInfluencesResponse) -> list[Answer]:
-        """One for each query of the oldest batch."""
-        count, _ = self._waiting.popleft()
-        self._last_answer = time.monotonic()
-        self.num_answered += count
+    def waited_s(self) -> float:
+        """For how long the oldest batch's answer has been waited for; 0 while the caller is at the one before it."""
+        since = self._reading_since
+        return time.monotonic() - max(self._waiting[0][1], since) if self._waiting and since is not None else 0.0
+
+    def outcome(self, response: pb.StreamInfluencesResponse) -> tuple[pb.FindInfluencesRequest, Outcome]:
+        """The oldest batch, and what became of it."""
+        self._reading_since = None
+        request, _ = self._waiting.popleft()
         if response.WhichOneof("outcome") == "failure":
-            return [error_from_failure(response.failure)] * count
-        return list(responses.influence_results(response.response))
+            return request, error_from_failure(response.failure, self._request_id)
+        return request, response.response
+
+    def answers(self, request: pb.FindInfluencesRequest, outcome: Outcome) -> list[Answer]:
+        """One for each query of a batch."""
+        count = len(request.queries)
+        self.num_answered += count
+        return [outcome] * count if isinstance(outcome, LoopswayError) else list(responses.influence_results(outcome))
 
 
 class _Batches(Iterator[pb.StreamInfluencesRequest]):
@@ -101,6 +116,7 @@ def streamed(
     call: Callable[..., Any],
     queries: Iterable[Query],
     outgoing: Outgoing,
+    again: Again,
     *,
     timeout_s: float,
     on_progress: OnAnswered | None,
@@ -112,6 +128,7 @@ def streamed(
         call: the stub's method.
         queries: read as they can be sent, in another thread.
         outgoing: new.
+        again: for batches that failed.
         timeout_s: how long the server may take over a batch.
         on_progress: called with the number of queries answered so far.
         target: the server, for messages.
@@ -128,12 +145,17 @@ def streamed(
 
     threading.Thread(target=watch, daemon=True).start()
     try:
+        outgoing.reads()
         for response in stream:
-            answers = outgoing.answers(response)
+            request, outcome = outgoing.outcome(response)
+            if isinstance(outcome, LoopswayError):
+                outcome = again(request, outcome)
+            answers = outgoing.answers(request, outcome)
             if on_progress is not None:
                 on_progress(outgoing.num_answered)
             yield from answers
             batches.places.release()
+            outgoing.reads()
     except grpc.RpcError as failure:
         raise _ending(failure, outgoing, target, timeout_s if is_late.is_set() else None) from failure
     finally:
@@ -148,6 +170,7 @@ async def streamed_async(
     call: Callable[..., Any],
     queries: Iterable[Query] | AsyncIterable[Query],
     outgoing: Outgoing,
+    again: AgainAsync,
     *,
     timeout_s: float,
     on_progress: OnAnswered | None,
@@ -158,7 +181,10 @@ async def streamed_async(
     stream = call(_batches(queries, outgoing, places))
     try:
         while (response := await _read(stream, outgoing, timeout_s)) is not END:
-            answers = outgoing.answers(response)
+            request, outcome = outgoing.outcome(response)
+            if isinstance(outcome, LoopswayError):
+                outcome = await again(request, outcome)
+            answers = outgoing.answers(request, outcome)
             if on_progress is not None:
                 on_progress(outgoing.num_answered)
             for answer in answers:
@@ -201,6 +227,7 @@ async def _asynchronous(queries: Iterable[Query]) -> AsyncIterator[Query]:
 
 async def _read(stream: Any, outgoing: Outgoing, timeout_s: float) -> Any:
     """The next response, waited for no longer than the server may take over a batch."""
+    outgoing.reads()
     reading = asyncio.ensure_future(stream.read())
     try:
         while not reading.done():

@@ -18,6 +18,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from loopsway.v1 import attribution_pb2 as pb
+
 from .errors import (
     ForbiddenError,
     InvalidFieldError,
@@ -75,14 +77,34 @@ async def refuse(context: Any, error: RequestError) -> NoReturn:
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, QueueFullError | RateError | UnavailableError):
-        delay = Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    if (delay := _retry_delay(error)) is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code = code_of(error)
     note(refused_field=error.field)
     status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=text, details=_packed(details)))
     await _abort(context, code, text, status.trailing_metadata)
+
+
+def failure_of(error: RequestError) -> pb.Failure:
+    """What a stream says of a batch that it refuses."""
+    return pb.Failure(
+        code=code_of(error).value[0],
+        message=shortened(str(error)),
+        field=error.field,
+        retry_delay=_retry_delay(error),
+    )
+
+
+def internal_failure() -> pb.Failure:
+    return pb.Failure(code=grpc.StatusCode.INTERNAL.value[0], message=INTERNAL)
+
+
+def _retry_delay(error: RequestError) -> Duration | None:
+    if not isinstance(error, QueueFullError | RateError | UnavailableError):
+        return None
+    delay = Duration()
+    delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    return delay
 
 
 async def _abort(context: Any, code: grpc.StatusCode, text: str, trailing_metadata: Any = ()) -> NoReturn:

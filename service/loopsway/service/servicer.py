@@ -25,7 +25,7 @@ from .limits import check_limits
 from .memory import enough_memory
 from .queries import Query
 from .record import note, part
-from .refusals import INTERNAL, code_of, refuse, refuse_as_internal, shortened
+from .refusals import failure_of, internal_failure, refuse, refuse_as_internal
 from .settings import Settings
 from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
@@ -178,13 +178,10 @@ class Servicer(AttributionServicer):
             except QueueFullError as error:
                 await asyncio.sleep(error.retry_after_s)
             except RequestError as error:
-                code = code_of(error).value[0]
-                failure = pb.Failure(code=code, message=shortened(str(error)), field=error.field)
-                return pb.StreamInfluencesResponse(tag=batch.tag[:MAX_TAG], failure=failure)
+                return pb.StreamInfluencesResponse(tag=batch.tag[:MAX_TAG], failure=failure_of(error))
             except Exception:
                 _log.exception("a batch of StreamInfluences failed")
-                failure = pb.Failure(code=code_pb2.INTERNAL, message=INTERNAL)
-                return pb.StreamInfluencesResponse(tag=batch.tag, failure=failure)
+                return pb.StreamInfluencesResponse(tag=batch.tag, failure=internal_failure())
 
     async def _get_trajectories(self, request: pb.GetTrajectoriesRequest) -> pb.GetTrajectoriesResponse:
         engine, settings = self._engine(request.index), self._settings
