@@ -15,7 +15,14 @@ import grpc
 import pytest
 
 import object_store
-from loopsway.client import Client, FailedPreconditionError, IdQuery, SketchQuery, UnavailableError
+from loopsway.client import (
+    Client,
+    FailedPreconditionError,
+    IdQuery,
+    InfluenceResult,
+    SketchQuery,
+    UnavailableError,
+)
 from loopsway.indexer import Index, build_index, compact_index, delete_examples, load_task, open_index
 from loopsway.indexer.store.addresses import open_folder
 from loopsway.service import IndexSettings, Server, Settings
@@ -65,7 +72,8 @@ def servers(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with ExitStack() as stack:
         servers = {}
         for name, reading in (("local", {}), ("ray", IN_ACTORS)):
-            settings = Settings(indices=(asked_for(path).model_copy(update=reading),), port=0, grace_s=1)
+            indices = (asked_for(path).model_copy(update=reading),)
+            settings = Settings(indices=indices, port=0, grace_s=1, batch_timeout_s=3)
             server, port = stack.enter_context(running(settings))
             servers[name] = server, f"127.0.0.1:{port}"
         yield servers
@@ -158,6 +166,20 @@ def test_an_answer_without_a_shard_says_so_or_is_refused(
         assert time.monotonic() < until, "the shard does not come back"
         time.sleep(0.1)
     assert found == asked(stubs["local"], method, require_full_coverage=True)
+
+
+def test_a_batch_of_a_stream_waits_for_a_shard_as_long_as_the_server_says(
+    stubs: dict[str, AttributionStub], targets: dict[str, str], hanging: int
+) -> None:
+    with Client(targets["ray"], timeout_s=20, overload_retries=0) as client:
+        [answer] = client.stream_influences([IdQuery("tiny-3")], k=2)
+        assert isinstance(answer, InfluenceResult)
+        assert answer.coverage == 0.5
+        [refused] = client.stream_influences([IdQuery("tiny-3")], k=2, require_full_coverage=True)
+        assert isinstance(refused, UnavailableError)
+        assert "50% of the shards of index tiny answered in time" in str(refused)
+    os.kill(hanging, signal.SIGKILL)
+    wait_for(lambda: asked(stubs["ray"], "FindInfluences")[0].coverage == 1, PATIENCE_S)
 
 
 @contextmanager

@@ -173,7 +173,8 @@ class Servicer(AttributionServicer):
         while True:
             try:
                 check_limits(batch, self._settings)
-                response = await self._find_influences(batch.request, None)
+                deadline = time.monotonic() + self._settings.batch_timeout_s
+                response = await self._find_influences(batch.request, deadline)
                 return pb.StreamInfluencesResponse(tag=batch.tag, response=response)
             except QueueFullError as error:
                 await asyncio.sleep(error.retry_after_s)

@@ -124,6 +124,8 @@ class Settings(BaseSettings):
         max_streams: of queries, gradients or scores, over all indices; more are told to come back. Where there are
             tokens, one may have half of them.
         stall_s: seconds that a stream's client may let pass before it sends its next message, or takes one.
+        batch_timeout_s: that shards have for one batch of StreamInfluences, which is answered without those that don't
+            answer in time. Keep it below what clients wait for a batch, by default 30 s.
         stream_batches: batches of one StreamInfluences that are under way or wait to be taken.
         max_waiting: requests that one index lets wait behind the one it works on; more are told to come back.
         max_wait_s: seconds of work that may lie before a request, as far as the server can tell from what it did
@@ -177,6 +179,7 @@ class Settings(BaseSettings):
     max_gradient_bytes: Positive = 1 << 30
     max_streams: Positive = 32
     stall_s: PositiveSeconds = 60.0
+    batch_timeout_s: PositiveSeconds = 25.0
     stream_batches: Positive = 4
     max_waiting: NotNegative = 64
     max_wait_s: PositiveSeconds = 30.0
