@@ -357,6 +357,22 @@ def test_neighbors_are_those_of_the_exact_gradients(index: Index) -> None:
         np.testing.assert_allclose(products.similarities[own[0]], expected, rtol=1e-5, atol=1e-6 * expected.max())
 
 
+def test_a_comparison_goes_on_block_by_block_as_long_as_it_may(index: Index) -> None:
+    calls: list[int] = []
+
+    def go_on() -> None:
+        calls.append(len(calls))
+        if len(calls) > most:
+            raise TimeoutError("long enough")
+
+    most = len(index.blocks())
+    assert find_neighbors(index, ["train/3", "train/50"], 3, go_on=go_on)
+    assert len(calls) == most > 1
+    most = len(calls) + 1
+    with pytest.raises(TimeoutError, match="long enough"):
+        find_neighbors(index, ["train/3", "train/50"], 3, go_on=go_on)
+
+
 def test_neighbors_keep_to_k_threshold_step_and_filter(index: Index) -> None:
     (all_of,) = find_neighbors(index, ["train/3"], COUNT, step=2)
     (three,) = find_neighbors(index, ["train/3"], 3, step=2)

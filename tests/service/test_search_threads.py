@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loopsway.indexer import open_index
+from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
+from loopsway.service import Engine
 from loopsway.service.search_threads import SearchThreads
 
 
@@ -83,6 +88,29 @@ async def test_cancelled_work_ends_at_its_next_part(threads: SearchThreads) -> N
     assert await asyncio.to_thread(begun.wait, 30)
     task.cancel()
     assert await asyncio.to_thread(ended.wait, 30)
+
+
+async def test_a_cancelled_comparison_of_examples_ends_at_its_next_part(index_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Endless(LocalShards):
+        def ask(self, method: Method, arguments: Sequence[Any], **options: Any) -> list[Any]:
+            begun.set()
+            try:
+                while True:
+                    options["go_on"]()
+                    time.sleep(0.001)
+            finally:
+                ended.set()
+
+    engine = Engine(open_index(index_path))
+    engine.index.reader = ShardedReader(Endless([engine.index.codes]))
+    asking = engine.neighbors(["tiny-3"], k=3, by="cosine", step=None, threshold=None, where=None)
+    task = asyncio.create_task(asking)
+    assert await asyncio.to_thread(begun.wait, 30)
+    task.cancel()
+    assert await asyncio.to_thread(ended.wait, 30)
+    await asyncio.to_thread(engine.close)
 
 
 async def test_what_is_around_work_is_entered_once_it_has_its_thread(threads: SearchThreads) -> None:

@@ -198,7 +198,7 @@ class Engine:
             example_ids=example_ids, k=k, by=by, step=step, threshold=threshold, where=where, deadline=deadline
         )
         with self.admission.place({"compare": len(example_ids)}, has_thread=self._threads.has_free) as place:
-            found = await self._ask(lambda _: question.ask(self.index), place, "compare")
+            found = await self._ask(partial(question.ask, self.index), place, "compare")
         if require_full_coverage:
             self._refuse_partial(each.coverage for each in found)
         return found

@@ -72,7 +72,7 @@ class NeighborsQuestion:
     where: str | None
     deadline: float | None
 
-    def ask(self, index: Index) -> list[Neighbors]:
+    def ask(self, index: Index, go_on: GoOn) -> list[Neighbors]:
         """The neighbors of each example."""
         with _refusing("step"):
             return find_neighbors(
@@ -84,6 +84,7 @@ class NeighborsQuestion:
                 threshold=self.threshold,
                 where=self.where,
                 deadline=self.deadline,
+                go_on=go_on,
             )
 
 

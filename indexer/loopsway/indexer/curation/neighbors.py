@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ..search.filters import matching_rows
 from ..search.index import Index
-from ..search.nearest import By, Compared, Near
+from ..search.nearest import By, Compared, GoOn, Near
 
 TOGETHER = 256  # examples that are compared with all others at once
 
@@ -50,6 +50,7 @@ def find_neighbors(
     threshold: float | None = None,
     where: str | None = None,
     deadline: float | None = None,
+    go_on: GoOn | None = None,
 ) -> list[Neighbors]:
     """The training examples whose gradients are most like those of some.
 
@@ -62,6 +63,8 @@ def find_neighbors(
         threshold: the least similarity.
         where: a filter over the examples, which the search is done within.
         deadline: as in `Index.search`.
+        go_on: called before each costly part, a comparison with all of a block, in any thread, where this process reads
+            the codes. What it raises ends the search.
 
     Raises:
         UnknownExampleError: an id is not in the index.
@@ -85,7 +88,7 @@ def find_neighbors(
         own = rows[start : start + TOGETHER]
         codes, norms = index.codes.codes(step, own), index.codes.norms_of(step, own)
         asked = Compared(rows=own, codes=codes, norms=norms, by=by, k=k, threshold=threshold)
-        near, coverage = index.reader.nearest(step, asked, kept=may, deadline=deadline)
+        near, coverage = index.reader.nearest(step, asked, kept=may, deadline=deadline, go_on=go_on)
         found += [_neighbors(index, each, coverage.share) for each in near]
     return found
 

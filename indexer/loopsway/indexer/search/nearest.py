@@ -15,6 +15,7 @@ from .scan import in_threads
 from .similarity import agreements, cosines
 
 By = Literal["cosine", "inner_product"]
+GoOn = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,11 +71,13 @@ class Others:
     bits: int
 
 
-def compared(codes: np.ndarray, norms: np.ndarray, others: Others) -> np.ndarray:
-    """Agreements of codes [n, L] with those of the others, float32 [n, R]."""
+def compared(codes: np.ndarray, norms: np.ndarray, others: Others, go_on: GoOn | None = None) -> np.ndarray:
+    """Agreements of codes [n, L] with those of the others, float32 [n, R]; `go_on` is called before each block."""
     out, first = np.zeros((len(codes), len(others.norms)), np.float32), others.blocks[0].start
 
     def fill(block: range) -> None:
+        if go_on is not None:
+            go_on()
         out[:, block.start - first : block.stop - first] = agreements(others.codes(block), codes, others.bits).T
 
     in_threads(fill, others.blocks)
@@ -83,9 +86,9 @@ def compared(codes: np.ndarray, norms: np.ndarray, others: Others) -> np.ndarray
     return out
 
 
-def nearest(asked: Compared, others: Others, may: np.ndarray, width: int) -> list[Near]:
-    """The others most like each row, of those that are bool [R] `may`."""
-    similarity, errors = cosines(compared(asked.codes, asked.norms, others), others.bits, width)  # [n, R]
+def nearest(asked: Compared, others: Others, may: np.ndarray, width: int, go_on: GoOn | None = None) -> list[Near]:
+    """The others most like each row, of those that are bool [R] `may`; `go_on` as in `compared`."""
+    similarity, errors = cosines(compared(asked.codes, asked.norms, others, go_on), others.bits, width)  # [n, R]
     if asked.by == "inner_product":
         products = asked.norms[:, None] * others.norms
         similarity, errors = similarity * products, errors * products

@@ -24,6 +24,7 @@ import torch
 from ..cluster import RayError, RayTaskError, connect, ray
 from .device_scan import device_scan
 from .index import Index, open_index
+from .nearest import GoOn
 from .sharded import Method, ShardedReader, own_rows, shard_rows
 
 _log = logging.getLogger(__name__)
@@ -141,7 +142,13 @@ class RayShards:
         return [place.rows for place in self._places]
 
     def ask(
-        self, method: Method, arguments: Sequence[Any], *, kept: np.ndarray | None, deadline: float | None
+        self,
+        method: Method,
+        arguments: Sequence[Any],
+        *,
+        kept: np.ndarray | None,
+        deadline: float | None,
+        go_on: GoOn | None = None,
     ) -> list[Any]:
         until = time.monotonic() + TIMEOUT_S
         until = until if deadline is None else min(until, deadline)

@@ -15,7 +15,7 @@ from ..store.generation import Generation
 from ..store.manifest import Manifest
 from .device_scan import DeviceScan
 from .joined import JoinedSlot
-from .nearest import Compared, Near, Others, compared, nearest
+from .nearest import Compared, GoOn, Near, Others, compared, nearest
 from .scan import Answer
 from .slot import open_slots
 
@@ -86,15 +86,16 @@ class CodeReader:
         """Of every row with rotated queries [M, W], float32 [M, R], as `search` scores them."""
         return self._slots[slot].scores(queries)
 
-    def nearest(self, slot: int | None, asked: Compared, *, kept: np.ndarray) -> list[Near]:
+    def nearest(self, slot: int | None, asked: Compared, *, kept: np.ndarray, go_on: GoOn | None = None) -> list[Near]:
         """The rows most like some rows.
 
         Args:
             slot: whose codes are compared.
             asked: the rows, of any range.
             kept: bool [R], rows that may be found.
+            go_on: called before each block, in any thread. What it raises ends the comparison.
         """
-        return nearest(asked, self._others(slot), kept, self._plan.width)
+        return nearest(asked, self._others(slot), kept, self._plan.width, go_on)
 
     def compared(self, slot: int | None, rows: np.ndarray) -> np.ndarray:
         """Agreements of these rows' codes with those of the range, float32 [n, R]."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from .nearest import Compared, Near, best_of
+from .nearest import Compared, GoOn, Near, best_of
 from .reading import CodeReader, Efforts
 from .scan import Answer
 
@@ -61,7 +61,13 @@ class Shards(Protocol):
         ...
 
     def ask(
-        self, method: Method, arguments: Sequence[Any], *, kept: np.ndarray | None, deadline: float | None
+        self,
+        method: Method,
+        arguments: Sequence[Any],
+        *,
+        kept: np.ndarray | None,
+        deadline: float | None,
+        go_on: GoOn | None = None,
     ) -> list[Any]:
         """Calls a method of each shard's CodeReader.
 
@@ -70,6 +76,7 @@ class Shards(Protocol):
             arguments: its own, by position.
             kept: bool [N], rows that may be found, of which each is given its own; None: not to be given, or all.
             deadline: when to stop waiting, by `time.monotonic()`; None: when the shards themselves do.
+            go_on: for `CodeReader.nearest`, of shards in this process alone.
 
         Returns:
             What each gave; None for one that did not answer.
@@ -96,9 +103,19 @@ class LocalShards:
         return [reader.rows for reader in self._readers]
 
     def ask(
-        self, method: Method, arguments: Sequence[Any], *, kept: np.ndarray | None, deadline: float | None
+        self,
+        method: Method,
+        arguments: Sequence[Any],
+        *,
+        kept: np.ndarray | None,
+        deadline: float | None,
+        go_on: GoOn | None = None,
     ) -> list[Any]:
-        return [getattr(reader, method)(*arguments, **own_rows(method, reader.rows, kept)) for reader in self._readers]
+        more = {"go_on": go_on} if method == "nearest" else {}
+        return [
+            getattr(reader, method)(*arguments, **own_rows(method, reader.rows, kept), **more)
+            for reader in self._readers
+        ]
 
     def warm_up(self) -> None:
         for reader in self._readers:
@@ -158,17 +175,28 @@ class ShardedReader:
         return np.concatenate(columns, axis=1), coverage
 
     def nearest(
-        self, slot: int | None, asked: Compared, *, kept: np.ndarray, deadline: float | None
+        self,
+        slot: int | None,
+        asked: Compared,
+        *,
+        kept: np.ndarray,
+        deadline: float | None,
+        go_on: GoOn | None = None,
     ) -> tuple[list[Near], Coverage]:
         """As `CodeReader.nearest`, with kept of all rows, bool [N]."""
-        found, coverage = self._asked("nearest", (slot, asked), kept, deadline)
+        found, coverage = self._asked("nearest", (slot, asked), kept, deadline, go_on)
         return [best_of(each, asked.k) for each in zip(*found, strict=True)], coverage
 
     def _asked(
-        self, method: Method, arguments: Sequence[Any], kept: np.ndarray | None, deadline: float | None
+        self,
+        method: Method,
+        arguments: Sequence[Any],
+        kept: np.ndarray | None,
+        deadline: float | None,
+        go_on: GoOn | None = None,
     ) -> tuple[list[Any], Coverage]:
         """What shards gave, of those that answered."""
-        found = self._shards.ask(method, arguments, kept=kept, deadline=deadline)
+        found = self._shards.ask(method, arguments, kept=kept, deadline=deadline, go_on=go_on)
         return [each for each in found if each is not None], self._coverage(found)
 
     def _coverage(self, found: Sequence[Any]) -> Coverage:
