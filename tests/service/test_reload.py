@@ -287,6 +287,11 @@ def test_sighup_points_aliases_elsewhere_and_finds_generations(own_index: Path, 
         child.send_signal(signal.SIGHUP)
         wait_for(lambda: "alias live is of index none" in config.with_name("log").read_text())
         assert client.get_index("live").name == "second"
+        assert "no effect on a running server" not in config.with_name("log").read_text()
+        config.write_text(f"port = 0\nreload_poll_s = 0\nindices = [{{path = '{other}', model = false}}]\n")
+        child.send_signal(signal.SIGHUP)
+        wait_for(lambda: "of no effect on a running server: indices;" in config.with_name("log").read_text())
+        assert [index.name for index in client.list_indices()] == ["second", "tiny"]
 
 
 def test_an_alias_that_an_index_has_for_its_name_is_refused(own_index: Path) -> None:

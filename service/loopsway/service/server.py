@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .tracing import Tracing
 
 BURST = 2_000  # requests that may come before the first of them is read: some seconds of refusals
+REREAD = frozenset({"aliases", "tokens"})  # settings for which SIGHUP suffices
 SERVICE = pb.DESCRIPTOR.services_by_name["Attribution"].full_name
 
 _log = logging.getLogger(__name__)
@@ -191,7 +193,7 @@ def serve(settings: Settings, *, ready_file: Path | None = None, reread: Callabl
     # Nothing changes where the caller has set logging up.
     configure_logs(settings.log_format, settings.log_level)
     give_back_freed_memory()
-    asyncio.run(_serve(settings, ready_file, reread))
+    asyncio.run(_serve(settings, ready_file, None if reread is None else partial(_reread, settings, reread)))
 
 
 async def _serve(settings: Settings, ready_file: Path | None, reread: Callable[[], Settings] | None) -> None:
@@ -234,6 +236,17 @@ def _look_again(server: Server, reread: Callable[[], Settings] | None) -> None:
         server.take(reread())
     except (ValueError, OSError) as error:
         _log.error("the aliases and tokens stay as they are: %s", error)
+
+
+def _reread(served: Settings, reread: Callable[[], Settings]) -> Settings:
+    """The settings as they are now; a warning names those that differ and count at a server's start alone."""
+    settings = reread()
+    changed = [name for name in Settings.model_fields
+               if name not in REREAD and getattr(settings, name) != getattr(served, name)]  # fmt: skip
+    if changed:
+        _log.warning("changed in the settings, and of no effect on a running server: %s; start another server with "
+                     "them, and end this one once that is SERVING", ", ".join(changed))  # fmt: skip
+    return settings
 
 
 async def _start_unless(server: Server, stopping: asyncio.Event) -> None:

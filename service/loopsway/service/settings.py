@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     Made from its arguments alone; `read_settings` asks a file and the environment too.
 
     Attributes:
-        indices: what `loopsway serve` serves.
+        indices: what `loopsway serve` serves. Another index takes another server, or a restart.
         aliases: other names for indices, by alias; read again on SIGHUP, so that one can be pointed elsewhere at once.
         host: address to listen on. Anything but loopback needs `tls`, and `tokens` or its `client_ca`.
         port: 0 lets the system pick a free one.
