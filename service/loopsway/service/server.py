@@ -78,9 +78,10 @@ class Server:
                 # Of more that came at once gRPC itself cancels some, before anybody could say when to come back.
                 ("grpc.server.max_pending_requests", BURST),
                 ("grpc.server.max_pending_requests_hard_limit", 2 * BURST),
-                # Each takes 64 KiB of memory until it is read, however large it is. A window that grows with the
+                # Each takes a window of memory until it is read, however large it is. One that grows with the
                 # connection's speed would take all of it in: gigabytes, for sketches.
                 ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", settings.receive_window_bytes),
             ],
         )
         self._servicer = Servicer(self.catalog, settings)
