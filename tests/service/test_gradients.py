@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from loopsway.client import (
     AsyncClient,
     Client,
     DenseGradient,
+    ExampleQuery,
     FactoredGradient,
+    FailedPreconditionError,
     GradientPiece,
     InvalidQueryError,
     LoopswayError,
@@ -31,9 +35,11 @@ from loopsway.client import (
 )
 from loopsway.client.gradients import CHUNK_BYTES, gradient_requests
 from loopsway.indexer import ExampleSketcher, SketchConfig, build_index, load_task, query_gradients
-from loopsway.service import Settings
+from loopsway.service import IndexSettings, Settings
+from loopsway.service.server import Server
 from loopsway.v1 import attribution_pb2 as pb
-from serving import QUERIES, TASK_SPEC, Served, running, without_model
+from loopsway.v1.attribution_pb2_grpc import AttributionStub
+from serving import QUERIES, TASK_FILE, TASK_SPEC, Served, running, wait_for, without_model
 
 TOLERANCE = 1e-5
 # What gradients of each model come as: those of one that has to be untied are entries alone.
@@ -87,6 +93,20 @@ def in_full(query: QueryGradients, shapes: dict[str, tuple[int, ...]]) -> QueryG
                 out.reshape(-1)[piece.start : piece.start + piece.values.size] += piece.values.ravel()
         where = {"checkpoint": piece.checkpoint, "parameter": piece.parameter, "step": piece.step}
         pieces.append(DenseGradient(**where, values=out))
+    return QueryGradients(num_steps=query.num_steps, pieces=tuple(pieces))
+
+
+def in_factors(query: QueryGradients, shapes: dict[str, tuple[int, ...]]) -> QueryGradients:
+    """The same with each matrix as a product of two, each with as many terms as it has rows."""
+    draw, pieces = np.random.default_rng(0), list[GradientPiece]()
+    for piece in in_full(query, shapes).pieces:
+        assert isinstance(piece, DenseGradient)
+        if piece.values.ndim == 2:
+            turn, _ = np.linalg.qr(draw.standard_normal((len(piece.values), len(piece.values))))
+            where = {"checkpoint": piece.checkpoint, "parameter": piece.parameter, "step": piece.step}
+            pieces.append(FactoredGradient(**where, output_gradients=turn, inputs=turn @ piece.values))
+        else:
+            pieces.append(piece)
     return QueryGradients(num_steps=query.num_steps, pieces=tuple(pieces))
 
 
@@ -326,17 +346,109 @@ def test_a_stream_that_is_cut_leaves_its_place(serve: Callable[..., Served], que
         until_admitted(client, query)
 
 
-def test_an_optimizer_aware_index_says_where_gradients_can_be_sketched(tmp_path: Path, query: QueryGradients) -> None:
-    class Aware(LoopedTask):
-        def second_moments(self, checkpoint: Any) -> dict[str, Any]:
-            return {name: each.detach().square() for name, each in self.model(checkpoint).named_parameters()}
+AWARE = SketchConfig(width=256, bits=8, optimizer_aware=True)
+AWARE_SPEC = f"{TASK_FILE}:AwareTask"
 
-    path = tmp_path / "aware.index"
-    build_index(Aware(count=8), path, SketchConfig(width=256, bits=8, optimizer_aware=True), progress=False)
-    with ExitStack() as stack:
-        _, port = stack.enter_context(running(Settings(indices=[without_model(path)], port=0, grace_s=1.0)))
-        client = stack.enter_context(Client(f"127.0.0.1:{port}"))
-        with pytest.raises(LoopswayError, match="sketch where the task is") as caught:
+
+@pytest.fixture(scope="module")
+def aware_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An optimizer-aware index."""
+    path = tmp_path_factory.mktemp("aware") / "aware.index"
+    build_index(load_task(AWARE_SPEC), path, AWARE, progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def aware(aware_path: Path) -> Iterator[tuple[Server, Client]]:
+    """Its server, whose memory holds the weights of one checkpoint alone: each loads when its pieces come."""
+    indices = [IndexSettings(path=str(aware_path), task=AWARE_SPEC)]
+    settings = Settings(indices=indices, port=0, grace_s=1.0, model_bytes=1)
+    with running(settings) as (server, port), Client(f"127.0.0.1:{port}", overload_retries=0) as client:
+        yield server, client
+
+
+def test_an_optimizer_aware_index_sketches_gradients_as_it_does_the_example(
+    aware: tuple[Server, Client], query: QueryGradients
+) -> None:
+    _, client = aware
+    task, plain = load_task(AWARE_SPEC), load_task(TASK_SPEC)
+    sketcher = ExampleSketcher(task, AWARE)
+    want = sketcher.sketch([task.example_from_json(QUERIES[0])]).values[0].numpy()
+    [example] = client.sketch_queries([ExampleQuery(QUERIES[0])])
+    np.testing.assert_allclose(np.asarray(example.values), want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    unscaled = ExampleSketcher(plain, SketchConfig(width=256, bits=8)).sketch([plain.example_from_json(QUERIES[0])])
+    assert np.linalg.norm(unscaled.values[0].numpy() - want) > 0.5 * np.linalg.norm(want), "scaling is no small thing"
+    assert client.get_index().max_gradient_bytes == 1 << 30
+    factored = in_factors(query, sketcher.parameters)
+    assert {type(piece) for piece in factored.pieces} == {FactoredGradient, DenseGradient}
+    turns = replace(query, pieces=tuple(sorted(query.pieces, key=lambda piece: piece.parameter)))
+    assert [piece.checkpoint for piece in turns.pieces[:4]] == ["early"] * 3 + ["late"], "and then back again"
+    for form in (query, turns, factored, in_full(query, sketcher.parameters)):
+        sketch = client.sketch_gradients(form)
+        assert sketch.fingerprint == sketcher.fingerprint
+        error = np.linalg.norm(np.asarray(sketch.values) - want) / np.linalg.norm(want)
+        assert error <= TOLERANCE, f"{error:.2g}"
+    [answer] = client.find_influences([sketch], k=3)
+    [same] = client.find_influences([example], k=3)
+    assert [each.example_id for each in answer.total.proponents] == [each.example_id for each in same.total.proponents]
+
+
+async def test_gradients_of_many_callers_are_scaled_side_by_side_with_examples(
+    aware: tuple[Server, Client], query: QueryGradients
+) -> None:
+    _, client = aware
+    want = np.asarray(await asyncio.to_thread(lambda: client.sketch_gradients(query).values))
+    asked = [
+        asyncio.to_thread(client.sketch_gradients, query) if turn % 2 else
+        asyncio.to_thread(client.sketch_queries, [ExampleQuery(QUERIES[0])]) for turn in range(8)
+    ]  # fmt: skip
+    for found in await asyncio.gather(*asked):
+        values = np.asarray((found[0] if isinstance(found, list) else found).values)
+        np.testing.assert_allclose(values, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_wrong_gradient_of_an_optimizer_aware_index_is_named_too(
+    aware: tuple[Server, Client], query: QueryGradients
+) -> None:
+    _, client = aware
+    unknown = DenseGradient(checkpoint="early", parameter="readout.weight", step=0, values=np.ones(1))
+    with pytest.raises(InvalidQueryError, match=r"no parameter 'readout\.weight'") as caught:
+        client.sketch_gradients(replace(query, pieces=(*query.pieces, unknown)))
+    assert caught.value.field == "piece.dense"
+    assert client.sketch_gradients(query)
+
+
+def test_gradients_under_way_when_the_models_process_dies_are_unavailable_and_later_ones_are_not(
+    aware: tuple[Server, Client], query: QueryGradients
+) -> None:
+    server, client = aware
+    worker, requests = server.catalog.worker, list(gradient_requests(query, ""))
+    num_sketches = worker.num_sketches
+
+    def sent() -> Iterator[pb.SketchGradientsRequest]:
+        yield from requests[:2]
+        wait_for(lambda: worker.num_sketches > num_sketches)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        yield from requests[2:]
+
+    with (  # without the client's own retries
+        grpc.insecure_channel(client._target, options=[("grpc.enable_http_proxy", 0)]) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        AttributionStub(channel).SketchGradients(sent(), timeout=60)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "died" in error.details()
+    wait_for(lambda: worker.num_starts > 1 and worker.pid is not None)
+    assert client.sketch_gradients(query)
+
+
+def test_an_optimizer_aware_index_without_its_model_says_what_to_do(aware_path: Path, query: QueryGradients) -> None:
+    with (
+        running(Settings(indices=[without_model(aware_path)], port=0, grace_s=1.0)) as (_, port),
+        Client(f"127.0.0.1:{port}") as client,
+    ):
+        with pytest.raises(FailedPreconditionError, match=r"serve it with its task .*, or sketch where the task is"):
             client.sketch_gradients(query)
-        assert type(caught.value).__name__ == "FailedPreconditionError"
         assert client.get_index().max_gradient_bytes == 0

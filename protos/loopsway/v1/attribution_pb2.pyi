@@ -567,8 +567,8 @@ class Index(_message.Message):
     sketches are answered.
     """
     max_gradient_bytes: _builtins.int
-    """The most bytes that one query's gradients may have, as GradientHeader.total_bytes. 0: the index takes no gradients
-    (it is optimizer-aware, and its scales are in the task's checkpoints).
+    """The most bytes that one query's gradients may have, as GradientHeader.total_bytes. 0: the index takes no gradients,
+    as it is optimizer-aware, and served without the model that has the second moments its gradients are scaled by.
     """
     server_version: _builtins.str
     """The version of Loopsway of the server that describes it, such as 0.1.0; replicas may differ. Empty from a server

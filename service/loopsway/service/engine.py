@@ -6,6 +6,7 @@ a process (worker.py). Knows no gRPC and no messages.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from . import questions
 from .admission import Admission, Place, StageName
 from .answers import Curves, Influences, Trajectories
 from .errors import InvalidFieldError, PreconditionError, UnavailableError, UnknownNameError
+from .gradient_sketches import GrowingSketch, LocalSketch
 from .memory import enough_memory
 from .model import ModelQuery, QueryModel
 from .queries import Query, ResolvedQuery, SketchQuery
@@ -66,7 +68,8 @@ class Engine:
     @property
     def max_gradient_bytes(self) -> int:
         """Of one query that comes as gradients; 0 where the index takes none."""
-        return 0 if self.index.config.optimizer_aware else self._settings.max_gradient_bytes
+        is_scaled = self.index.config.optimizer_aware and self._model is None
+        return 0 if is_scaled else self._settings.max_gradient_bytes
 
     @property
     def num_admitted(self) -> int:
@@ -216,6 +219,24 @@ class Engine:
         """Raises an IndexDamagedError if what its generation adds to an earlier one is not what was written."""
         index = self.index
         await self._ask(lambda go_on: check_added(index.folder, index.manifest, before.manifest, go_on))
+
+    async def begin_gradients(self, num_steps: int) -> GrowingSketch:
+        """The sketch of a query of so many steps that comes as gradients; close it.
+
+        Raises:
+            PreconditionError: the index is optimizer-aware, and served without the model that has its second moments.
+            UnavailableError: it has them, but not now.
+        """
+        if not self.index.config.optimizer_aware:
+            return LocalSketch(await asyncio.to_thread(lambda: self.index.gradient_sketcher.begin(num_steps)))
+        if self._model is None:
+            raise PreconditionError(
+                f"index {self.name} is optimizer-aware and served without its model, and the second moments that scale "
+                "gradients are in the task's checkpoints alone: serve it with its task (`loopsway serve --index ... "
+                "--task ...`), or sketch where the task is (ExampleSketcher.gradient_sketcher) and send the sketch",
+                field="header.index",
+            )
+        return await self._model.begin_gradients(num_steps)
 
     async def warm_up(self, worker: ModelWorker) -> None:
         """Loads the model, searches once and answers one query, so that no request pays for what happens but once.

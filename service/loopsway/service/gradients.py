@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loopsway.indexer import GradientError, GradientSketch
+from loopsway.indexer import GradientError
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import from_tensor
 from loopsway.wire import DenseGradient, FactoredGradient, GradientPiece, RowGradient
 
 from .engine import Engine
-from .errors import InvalidFieldError, PreconditionError
+from .errors import InvalidFieldError
 from .limits import check_limits
 from .record import part
 from .settings import Settings
@@ -41,37 +42,43 @@ async def sketched(
     check_limits(first, settings)
     _check_steps(first.header, settings)
     engine = engine_of(first.header.index)
-    try:
-        sketch = await asyncio.to_thread(lambda: engine.index.gradient_sketcher.begin(first.header.step_count))
-    except GradientError as error:
-        raise PreconditionError(f"index {engine.name} takes no gradients: {error}", field="header.index") from error
-    _check_size(first.header, engine)
-    stream = _Received(first.header.total_bytes, sketch)
-    async for request in requests:
-        check_limits(request, settings)
-        match request.WhichOneof("part"):
-            case "piece":
-                with part("sketch"):
-                    await asyncio.to_thread(stream.add, request.piece)
-            case "end":
-                with part("sketch"):
-                    return engine, await asyncio.to_thread(stream.finish, request.end)
-            case _:
-                raise InvalidFieldError("expected a piece or the end after the header", field="part")
+    with closing(await engine.begin_gradients(first.header.step_count)) as sketch:
+        _check_size(first.header, engine)
+        received = _Received(first.header.total_bytes)
+        async for request in requests:
+            check_limits(request, settings)
+            match request.WhichOneof("part"):
+                case "piece":
+                    with part("sketch"), _refusing(f"piece.{request.piece.WhichOneof('form')}"):
+                        await sketch.add(await asyncio.to_thread(received.piece, request.piece))
+                case "end":
+                    received.check(request.end)
+                    with part("sketch"), _refusing("piece"):
+                        return engine, await sketch.finish()
+                case _:
+                    raise InvalidFieldError("expected a piece or the end after the header", field="part")
     raise InvalidFieldError(
-        f"the stream was cut off after {stream.num_bytes} of {first.header.total_bytes} bytes, without its end",
+        f"the stream was cut off after {received.num_bytes} of {first.header.total_bytes} bytes, without its end",
         field="end",
     )
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    try:
+        yield
+    except GradientError as error:
+        raise InvalidFieldError(str(error), field=field) from error
 
 
 class _Received:
     """What came so far."""
 
-    def __init__(self, total_bytes: int, sketch: GradientSketch) -> None:
-        self.num_bytes, self._total_bytes = 0, total_bytes
-        self._sketch, self._digest = sketch, hashlib.sha256()
+    def __init__(self, total_bytes: int) -> None:
+        self.num_bytes, self._total_bytes, self._digest = 0, total_bytes, hashlib.sha256()
 
-    def add(self, message: pb.GradientPiece) -> None:
+    def piece(self, message: pb.GradientPiece) -> GradientPiece:
+        """The next one, counted."""
         form = message.WhichOneof("form")
         if form is None:
             raise InvalidFieldError("the piece is empty, expected dense, factors or rows", field="piece")
@@ -85,12 +92,10 @@ class _Received:
             )
         for tensor in tensors:  # in the order of their fields' numbers, as ListFields promises
             self._digest.update(tensor.data)
-        try:
-            self._sketch.add(_piece(message, form))
-        except GradientError as error:
-            raise InvalidFieldError(str(error), field=field) from error
+        return _piece(message, form)
 
-    def finish(self, end: pb.GradientEnd) -> NDArray[np.float32]:
+    def check(self, end: pb.GradientEnd) -> None:
+        """That what came is what was sent."""
         if self.num_bytes != self._total_bytes:
             raise InvalidFieldError(
                 f"{self.num_bytes} bytes came, the header declared {self._total_bytes}", field="header.total_bytes"
@@ -100,10 +105,6 @@ class _Received:
                 f"the SHA-256 of what came is {self._digest.hexdigest()}, the end says {end.sha256.hex() or 'nothing'}",
                 field="end.sha256",
             )
-        try:
-            return self._sketch.finish()
-        except GradientError as error:
-            raise InvalidFieldError(str(error), field="piece") from error
 
 
 def _check_steps(header: pb.GradientHeader, settings: Settings) -> None:

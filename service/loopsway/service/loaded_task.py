@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopsway.indexer import ExampleSketcher, Task
+from loopsway.indexer import ExampleSketcher, GradientSketch, GradientSketcher, Task
 from loopsway.indexer.memory import is_out_of_memory
 from loopsway.indexer.sketches.weights import WeightMemory
 
@@ -78,6 +78,10 @@ class LoadedTask:
             )
         return self._examples[row]
 
+    def begin_gradients(self, num_steps: int) -> GradientSketch:
+        """The sketch of a query that comes as gradients."""
+        return self._gradient_sketcher.begin(num_steps)
+
     def sketch(self, examples: Sequence[Any], go_on: Callable[[], object]) -> list[_Sketch | QueryError]:
         """Together; where memory does not suffice, one by one with nothing else loaded."""
         try:
@@ -138,6 +142,10 @@ class LoadedTask:
 
     def _is_at(self, row: int, example_id: str) -> bool:
         return row < len(self._examples) and self._task.example_id(row) == example_id
+
+    @cached_property
+    def _gradient_sketcher(self) -> GradientSketcher:
+        return self._sketcher.gradient_sketcher()
 
     @cached_property
     def _rows(self) -> dict[str, int]:

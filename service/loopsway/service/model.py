@@ -18,6 +18,7 @@ from loopsway.indexer import Index, TaskError
 from .batching import Batcher
 from .errors import InvalidFieldError, PreconditionError, RequestError, UnavailableError, UnknownNameError
 from .frames import Message
+from .gradient_sketches import ModelSketch
 from .queries import ExampleQuery, IdQuery, ResolvedQuery
 from .record import Passage, part
 from .settings import Settings
@@ -56,6 +57,7 @@ class QueryModel:
         # Two generations of one index are loaded side by side while one replaces the other.
         self._key = f"{index.name}, generation {index.generation}, load {next(_numbers)}"
         self._forget: weakref.finalize[..., QueryModel] | None = None
+        self._worker: ModelWorker | None = None  # where it is loaded
         self._batches: Batcher[tuple[Message, Passage], Answer] | None = None
 
     @property
@@ -77,6 +79,7 @@ class QueryModel:
         # With the last reference to it, which may go in any thread, the models go.
         self._forget = weakref.finalize(self, _forget, asyncio.get_running_loop(), worker, self._key)
         self._forget.atexit = False
+        self._worker = worker
         self._batches = Batcher(
             partial(_sketched, worker, self._key, doing),
             batch_size=self._settings.batch_size,
@@ -107,6 +110,16 @@ class QueryModel:
         found = await self._run([self._item(query) for query in queries])
         return [self._checked(each, query.field) for each, query in zip(found, queries, strict=True)]
 
+    async def begin_gradients(self, num_steps: int) -> ModelSketch:
+        """The sketch of a query that comes as gradients, scaled by the task's second moments; close it.
+
+        Raises:
+            UnavailableError: the models are not loaded yet, or their process died.
+        """
+        if self._worker is None:
+            raise self._not_loaded("gradients")
+        return await self._worker.begin_gradients(self._key, num_steps)
+
     def close(self) -> None:
         """Frees the models."""
         if self._forget is not None:
@@ -114,13 +127,16 @@ class QueryModel:
 
     async def _run(self, items: Sequence[Message]) -> list[Answer | BaseException]:
         if self._batches is None:  # the server listens before its models are loaded
-            raise UnavailableError(
-                f"index {self._index.name} is being warmed up and takes no examples yet; it answers sketches, and says "
-                "SERVING by gRPC's health protocol once it is ready",
-                retry_after_s=self._settings.retry_after_s,
-            )
+            raise self._not_loaded("examples")
         with part("queue") as passage:  # for a batch
             return await self._batches.run([(item, passage) for item in items])
+
+    def _not_loaded(self, what: str) -> UnavailableError:
+        return UnavailableError(
+            f"index {self._index.name} is being warmed up and takes no {what} yet; it answers sketches, and says "
+            "SERVING by gRPC's health protocol once it is ready",
+            retry_after_s=self._settings.retry_after_s,
+        )
 
     def _item(self, query: ModelQuery) -> Message:
         if isinstance(query, ExampleQuery):

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopsway.indexer import TaskError, load_sketcher, open_index
+from loopsway.indexer import GradientSketch, TaskError, load_sketcher, open_index
 from loopsway.indexer.memory import is_device_fault
 from loopsway.indexer.sketches.weights import WeightMemory
 
 from .frames import LENGTH, Message, decoded, encoded
 from .freed_memory import give_back_freed_memory
+from .gradient_sketches import piece_of
 from .loaded_task import LoadedTask, QueryError
 from .logs import LogFormat, configure_logs
 
@@ -55,16 +57,17 @@ class ModelProcess:
         self._connection, self._model_bytes, self._max_json_depth = connection, model_bytes, max_json_depth
         self._memories: dict[torch.device, WeightMemory] = {}
         self._tasks: dict[str, LoadedTask] = {}
-        self._waiting: SimpleQueue[Message] = SimpleQueue()
+        self._gradients: dict[int, GradientSketch] = {}  # sketches that still grow, by their numbers
+        self._waiting: SimpleQueue[tuple[Message, list[np.ndarray]]] = SimpleQueue()
         self._cancelled: set[int] = set()
 
     def run(self) -> None:
         """Until the server has closed the socket."""
         threading.Thread(target=self._read, daemon=True).start()
         while True:
-            message = self._waiting.get()
+            message, given = self._waiting.get()
             try:
-                reply, arrays = self._do(message)
+                reply, arrays = self._do(message, given)
             except CancelledError:
                 continue
             except Exception as error:
@@ -95,15 +98,15 @@ class ModelProcess:
         try:
             with self._connection.makefile("rb") as stream:
                 while head := stream.read(LENGTH.size):
-                    message, _ = decoded(stream.read(LENGTH.unpack(head)[0]))
+                    message, arrays = decoded(stream.read(LENGTH.unpack(head)[0]))
                     if message["kind"] == "cancel":
                         self._cancelled.add(message["of"])
                     else:
-                        self._waiting.put(message)
+                        self._waiting.put((message, arrays))
         finally:
             os._exit(0)  # the server has ended or closed the socket; a running batch is of use to nobody
 
-    def _do(self, message: Message) -> tuple[Message, list[np.ndarray]]:
+    def _do(self, message: Message, arrays: Sequence[np.ndarray]) -> tuple[Message, list[np.ndarray]]:
         match message["kind"]:
             case "load":
                 self._load(message)
@@ -112,6 +115,15 @@ class ModelProcess:
                     task.close()
             case "sketch":
                 return self._sketch(message)
+            case "begin_gradients":
+                sketch = self._tasks[message["key"]].begin_gradients(message["num_steps"])
+                self._gradients[message["number"]] = sketch
+            case "add_gradient":
+                self._gradients[message["number"]].add(piece_of(message["piece"], arrays))
+            case "finish_gradients":
+                return {}, [self._gradients[message["number"]].finish()]
+            case "drop_gradients":
+                self._gradients.pop(message["number"], None)
         return {}, []
 
     def _load(self, message: Message) -> None:

@@ -26,6 +26,7 @@ from loopsway.indexer import LoadError, TaskError
 
 from .errors import UnavailableError
 from .frames import LENGTH, Message, decoded, encoded
+from .gradient_sketches import ModelSketch
 from .settings import Settings
 
 # Before the second start and the later ones, the first being at once; and before what failed to load is tried again.
@@ -46,6 +47,7 @@ class ModelWorker:
     Attributes:
         num_starts: of processes so far.
         batches: by the index's name, how many batches of each size were sketched.
+        num_sketches: begun so far, out of gradients.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -55,7 +57,7 @@ class ModelWorker:
         self._life: _Life | None = None
         self._starting: asyncio.Task[_Life] | None = None
         self._failures, self._next_start, self._is_stopped = 0, 0.0, False
-        self.num_starts = 0
+        self.num_starts = self.num_sketches = 0
         self.batches: defaultdict[str, Counter[int]] = defaultdict(Counter)
 
     @property
@@ -102,14 +104,23 @@ class ModelWorker:
             ValueError: the examples can't be run.
             TaskError, RuntimeError: the task failed.
         """
-        life = await self._alive()
-        if key in self._unloaded:
-            await self._load_late(life, key)
+        life = await self._with_loaded(key)
         reply = await life.request({"kind": "sketch", "key": key, "items": items})
         self._failures = 0
         if (facts := self._loads.get(key)) is not None:  # not forgotten meanwhile
             self.batches[facts["name"]][len(items)] += 1
         return reply
+
+    async def begin_gradients(self, key: str, num_steps: int) -> ModelSketch:
+        """The sketch of a query of so many steps that comes as gradients; close it.
+
+        Raises:
+            UnavailableError: the process died, or dies again and again.
+        """
+        life = await self._with_loaded(key)
+        self.num_sketches = number = self.num_sketches + 1
+        await life.request({"kind": "begin_gradients", "key": key, "number": number, "num_steps": num_steps})
+        return ModelSketch(life, number)
 
     async def stop(self) -> None:
         """Ends the process."""
@@ -120,6 +131,13 @@ class ModelWorker:
         if self._life is not None:
             await self._life.end()
             self._life = None
+
+    async def _with_loaded(self, key: str) -> _Life:
+        """The process, with what was loaded under this key."""
+        life = await self._alive()
+        if key in self._unloaded:
+            await self._load_late(life, key)
+        return life
 
     async def _alive(self) -> _Life:
         """The process, started if there is none."""
@@ -252,28 +270,28 @@ class _Life:
             )
         return cls(process, *await asyncio.open_connection(sock=ours))
 
-    def tell(self, message: Message) -> int:
-        """Sends a message; gives its id."""
+    def tell(self, message: Message, arrays: Sequence[np.ndarray] = ()) -> int:
+        """Sends a message, unless the process died; gives its id."""
         number = next(self._ids)
-        self._writer.write(encoded(message | {"id": number}))
+        if not self.reading.done():
+            self._writer.write(encoded(message | {"id": number}, arrays))
         return number
 
-    async def request(self, message: Message) -> Reply:
+    async def request(self, message: Message, arrays: Sequence[np.ndarray] = ()) -> Reply:
         if self.reading.done():
             raise _died(self.process)
-        number = self.tell(message)
+        number = self.tell(message, arrays)
         future = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
-            reply, arrays = await future
+            reply, found = await future
         except asyncio.CancelledError:
-            if not self.reading.done():
-                self.tell({"kind": "cancel", "of": number})
+            self.tell({"kind": "cancel", "of": number})
             raise
         finally:
             del self._pending[number]
         match reply.get("error"):
             case None:
-                return reply, arrays
+                return reply, found
             case "invalid":
                 raise ValueError(reply["text"])
             case "task":

@@ -41,8 +41,8 @@ class GradientSketcher:
         checkpoints: of the index.
         config: of the index.
         hashes: of each checkpoint's parameters, by name and name.
-        scales_of: gives a checkpoint's scales of an optimizer-aware index, by name, whenever a sketch turns to that
-            checkpoint. None: of a plain index; then it is thread-safe.
+        scales_of: gives a checkpoint's scales of an optimizer-aware index, by name, for each piece; none are kept.
+            None: of a plain index; then it is thread-safe.
         device: of the hashes.
     """
 
@@ -121,6 +121,8 @@ class GradientSketch:
                                 f"{self._num_steps} steps")  # fmt: skip
         gradient = _gradient(piece, shape, sketcher.device)
         self._of(piece.checkpoint).add(piece.parameter, piece.step, gradient)
+        if sketcher.scales_of is not None:  # they may have to leave memory before the next piece comes
+            self._collect()
 
     def finish(self) -> NDArray[np.float32]:
         """The sketch, [S, W].
