@@ -122,7 +122,8 @@ class AttributionServicer(object):
         """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
         of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
         taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
-        finds the index's queue full waits instead of failing.
+        finds the index's queue full, or its token's rate used up, waits instead of failing. A server that ends answers what it
+        has read, then ends the stream with UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,7 +53,8 @@ class AttributionStub:
     """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
     of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
     taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
-    finds the index's queue full waits instead of failing.
+    finds the index's queue full, or its token's rate used up, waits instead of failing. A server that ends answers what it
+    has read, then ends the stream with UNAVAILABLE.
     """
     GetTrajectories: _grpc.UnaryUnaryMultiCallable[_attribution_pb2.GetTrajectoriesRequest, _attribution_pb2.GetTrajectoriesResponse]
     """Returns the influence of chosen training examples on each query, step by step, unranked."""
@@ -99,7 +100,8 @@ class AttributionAsyncStub(AttributionStub):
     """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
     of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
     taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
-    finds the index's queue full waits instead of failing.
+    finds the index's queue full, or its token's rate used up, waits instead of failing. A server that ends answers what it
+    has read, then ends the stream with UNAVAILABLE.
     """
     GetTrajectories: _aio.UnaryUnaryMultiCallable[_attribution_pb2.GetTrajectoriesRequest, _attribution_pb2.GetTrajectoriesResponse]  # type: ignore[assignment]
     """Returns the influence of chosen training examples on each query, step by step, unranked."""
@@ -166,7 +168,8 @@ class AttributionServicer(metaclass=_abc_1.ABCMeta):
         """Answers FindInfluences for batch after batch of queries, in the order in which they were sent: what a curator asks
         of a whole evaluation set. Some batches (4 by default) are under way at once; no more are read until an answer is
         taken, which holds the sender back. A batch that can't be answered fails alone, in its own answer, and one that
-        finds the index's queue full waits instead of failing.
+        finds the index's queue full, or its token's rate used up, waits instead of failing. A server that ends answers what it
+        has read, then ends the stream with UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
