@@ -133,7 +133,7 @@ async def test_the_asyncio_stream_reads_no_further_than_its_window_either(served
 
 
 def test_the_server_reads_no_more_batches_than_it_has_under_way(serve: Callable[..., Served]) -> None:
-    served = serve(stream_batches=2)
+    served = serve(stream_batches=2, max_example_characters=2 << 20)
     served.gate.hold()
     sent: list[int] = []
     padding = "x" * (1 << 20)  # larger than what a connection holds
