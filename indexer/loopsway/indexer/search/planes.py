@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .inner_loops import compiled, popcount
+from ..compiled import compiled
+from .inner_loops import popcount
 
 TOGETHER = 4  # planes that meet a word of codes while it is in a register; P is a multiple of it
 TILE_BYTES = 16 << 10  # of codes: they stay in the nearest cache while all queries meet them
