@@ -20,4 +20,4 @@ if __name__ == "__main__":
     kept = leave_freed(size_bytes)
     signal.signal(signal.SIGUSR1, lambda *_: time.sleep(held_s))  # in the thread of the event loop
     task = IndexSettings(path=index, task=f"{task_file}:TinyTask", task_arguments={"freed_bytes": size_bytes})
-    serve(Settings(indices=(task,), port=0), ready_file=ready)
+    serve(Settings(indices=(task,), port=0, receive_window_bytes=64 << 10), ready_file=ready)

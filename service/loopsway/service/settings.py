@@ -141,8 +141,9 @@ class Settings(BaseSettings):
             leave, and are loaded again when they are needed. None: half of the device's free memory.
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
-        receive_window_bytes: of a request or stream, what gRPC takes in before the server reads it. A stream gets so
-            much in a round trip: raise it for gradients from far away. Up to 4,000 unread requests hold it.
+        receive_window_bytes: of a request or stream, what gRPC takes in before the server reads it, and what a stream
+            gets in a round trip. A sketch that is larger comes later by a round trip for each window; up to 4,000
+            unread requests hold one. Raise it for gradients from far away.
         max_connection_age_s: after so long a connection takes no new requests, and ends with those that run on it,
             streams included; its client connects anew, and finds replicas that have come meanwhile.
         grace_s: seconds that running requests get to finish on shutdown.
@@ -193,7 +194,7 @@ class Settings(BaseSettings):
     model_bytes: Positive | None = None
     reload_poll_s: Seconds = 5.0
     search_threads: Positive = 2
-    receive_window_bytes: ReceiveWindow = 64 << 10
+    receive_window_bytes: ReceiveWindow = 512 << 10
     max_connection_age_s: ConnectionAge = 1800.0
     grace_s: Seconds = 10.0
     log_format: LogFormat = "text"
