@@ -123,7 +123,9 @@ async def subject(index: Index, arguments: Mapping[str, int], server: Served) ->
 
 
 def ask_engine(engine: Engine, queries: Sequence[engine_queries.Query]) -> Awaitable[Any]:
-    return engine.find_influences(queries, k=K, resolve="query_step", steps=None, where=None)
+    return engine.find_influences(
+        queries, k=K, resolve="query_step", steps=None, where=None, finish=lambda answers, _: answers
+    )
 
 
 async def overhead(about: Subject, scale: Scale) -> None:

@@ -7,7 +7,7 @@ a process (worker.py). Knows no gRPC and no messages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from loopsway.indexer.search.sharded import ShardsUnavailableError
 
 from . import questions
 from .admission import Admission, Place, StageName
-from .answers import Curves, Influences, Trajectories
+from .answers import Influences, Trajectories
 from .errors import InvalidFieldError, PreconditionError, UnavailableError, UnknownNameError
 from .gradient_sketches import GrowingSketch, LocalSketch
 from .memory import enough_memory
@@ -97,10 +97,12 @@ class Engine:
         exact: bool = True,
         deadline: float | None = None,
         require_full_coverage: bool = False,
-    ) -> list[Influences]:
+        finish: Callable[[list[Influences], GoOn], _Result],
+    ) -> _Result:
         """Ranks the index's examples for each query; arguments as for `Index.search`.
 
-        With `require_full_coverage`, an answer that misses a shard is refused.
+        With `require_full_coverage`, an answer that misses a shard is refused. What is made of the rankings is made by
+        `finish`, in the thread that searched: what they consist of is still in its processor's cache.
 
         Raises:
             RequestError: the request can't be answered, or not now.
@@ -108,15 +110,20 @@ class Engine:
         question = questions.RankingQuestion(
             k=k, resolve=resolve, steps=steps, where=where, exact=exact, deadline=deadline
         )
+
+        def answer(go_on: GoOn) -> _Result:
+            rankings = question.ask(self.index, resolved, go_on)
+            if require_full_coverage:
+                self._refuse_partial(ranking.coverage for ranking in rankings)
+            found = zip(resolved, rankings, strict=True)
+            return finish([Influences(query=query, ranking=ranking) for query, ranking in found], go_on)
+
         with self._place(queries, "rank") as place:
             resolved = await self._resolve(queries, place)
-            rankings = await self._ask(partial(question.ask, self.index, resolved), place, "rank")
-        if require_full_coverage:
-            self._refuse_partial(ranking.coverage for ranking in rankings)
-        return [Influences(query=query, ranking=ranking) for query, ranking in zip(resolved, rankings, strict=True)]
+            return await self._ask(answer, place, "rank")
 
-    async def with_curves(self, answers: Sequence[Influences], resolve: Resolve) -> list[Influences]:
-        """The same answers with curves; part of the request that they are of, so it waits for no place.
+    def with_curves(self, answers: Sequence[Influences], resolve: Resolve, go_on: GoOn) -> list[Influences]:
+        """The same answers with curves, for who finishes them.
 
         Raises:
             InvalidFieldError: they are too large for one message.
@@ -130,10 +137,10 @@ class Engine:
                 field="include_trajectories",
             )
 
-        def measure(go_on: GoOn) -> list[Curves]:
-            return [questions.curves(self.index, *each, resolve, go_on) for each in zip(answers, slots, strict=True)]
-
-        return [replace(answer, curves=each) for answer, each in zip(answers, await self._ask(measure), strict=True)]
+        return [
+            replace(answer, curves=questions.curves(self.index, answer, count, resolve, go_on))
+            for answer, count in zip(answers, slots, strict=True)
+        ]
 
     async def trajectories(
         self,

@@ -128,17 +128,28 @@ class Passage:
             yield name, start, end
 
 
+_PASSAGE: ContextVar[Passage | None] = ContextVar("passage", default=None)  # under way
+
+
 @contextmanager
 def part(name: PartName) -> Iterator[Passage]:
     """What is done in here is this part of the request under way."""
     passage, record = Passage(name), RECORD.get()
+    token = _PASSAGE.set(passage)
     try:
         yield passage
     finally:
+        _PASSAGE.reset(token)
         if record is not None:
             for found, start, end in passage.parts():
                 record.seconds[found] = record.seconds.get(found, 0.0) + (end - start) / 1e9
                 record.on_part(record, found, start, end)
+
+
+def goes_on_as(name: PartName) -> None:
+    """What is done in the present part from now on is this one, in whichever thread it is done."""
+    if (passage := _PASSAGE.get()) is not None:
+        passage.becomes(name)
 
 
 def request_id_from(given: str | None) -> str:

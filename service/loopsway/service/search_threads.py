@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextvars import copy_context
 from heapq import heappop, heappush
 from itertools import count
 from typing import TypeAlias, TypeVar
@@ -63,7 +64,8 @@ class SearchThreads:
             async with self._turn(order):
                 try:
                     with around or nullcontext():
-                        return await asyncio.get_running_loop().run_in_executor(self._threads, begun)
+                        within = copy_context()  # the request's, for what is noted of it
+                        return await asyncio.get_running_loop().run_in_executor(self._threads, within.run, begun)
                 except asyncio.CancelledError:
                     is_cancelled.set()
                     raise

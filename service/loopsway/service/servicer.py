@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -18,14 +17,16 @@ from loopsway.v1.attribution_pb2_grpc import AttributionServicer
 from loopsway.v1.tensors import to_tensor
 
 from . import decoding, encoding, gradients, record
+from .answers import Influences
 from .catalog import Catalog
 from .engine import Engine
 from .errors import InvalidFieldError, QueueFullError, RequestError, UnknownNameError, in_field
 from .limits import check_limits
 from .memory import enough_memory
 from .queries import Query
-from .record import note, part
+from .record import goes_on_as, note, part
 from .refusals import failure_of, internal_failure, refuse, refuse_as_internal
+from .search_threads import GoOn
 from .settings import Settings
 from .streams import StreamPlaces, in_order, taken_in, unstalled
 from .stretches import stretches
@@ -38,8 +39,6 @@ _Answer = TypeVar("_Answer")
 # Of the time that a request has left, what shards may take: the rest is for what is made of their answers.
 SHARDS_SHARE = 0.9
 MAX_TAG = 256
-# Encoded within the event loop, in about a millisecond: another thread would cost more than it saves.
-FEW_INFLUENCERS = 500
 
 
 class Servicer(AttributionServicer):
@@ -128,7 +127,17 @@ class Servicer(AttributionServicer):
         resolve = decoding.resolve_from(request.resolve)
         steps = decoding.steps_from(request.steps)
         queries = self._queries(request.queries, engine)
-        answers = await engine.find_influences(
+
+        def finish(answers: list[Influences], go_on: GoOn) -> pb.FindInfluencesResponse:
+            if counts[0] != counts[1]:
+                answers = [answer.cut(*counts) for answer in answers]
+            self._check_count(answers)
+            if request.include_trajectories:
+                answers = engine.with_curves(answers, resolve, go_on)
+            goes_on_as("encode")
+            return self._fitting(encoding.influences_response(answers, engine.index), "k")
+
+        return await engine.find_influences(
             queries,
             k=max(counts),
             resolve=resolve,
@@ -137,20 +146,8 @@ class Servicer(AttributionServicer):
             exact=not request.approximate,
             deadline=deadline,
             require_full_coverage=request.require_full_coverage,
+            finish=finish,
         )
-        if counts[0] != counts[1]:
-            answers = [answer.cut(*counts) for answer in answers]
-        count = sum(answer.num_influencers for answer in answers)
-        if count > settings.max_influencers:
-            raise InvalidFieldError(
-                f"the answer has {count} influencers, expected at most {settings.max_influencers}: lower k, name "
-                "fewer steps, or send fewer queries in one request",
-                field="k",
-            )
-        if request.include_trajectories:
-            answers = await engine.with_curves(answers, resolve)
-        make = partial(encoding.influences_response, answers, engine.index)
-        return self._fitting(await _encoded(make, in_thread=count > FEW_INFLUENCERS), "k")
 
     async def _stream_influences(self, requests: AsyncIterator[pb.StreamInfluencesRequest], context: Any) -> None:
         settings = self._settings
@@ -282,6 +279,15 @@ class Servicer(AttributionServicer):
         note(num_queries=len(given))
         return decoding.queries_from(given, engine.index, self._settings)
 
+    def _check_count(self, answers: Sequence[Influences]) -> None:
+        count, most = sum(answer.num_influencers for answer in answers), self._settings.max_influencers
+        if count > most:
+            raise InvalidFieldError(
+                f"the answer has {count} influencers, expected at most {most}: lower k, name fewer steps, or send "
+                "fewer queries in one request",
+                field="k",
+            )
+
     def _fitting(self, response: _Response, field: str) -> _Response:
         size, limit = response.ByteSize(), self._settings.max_message_bytes
         if size > limit:
@@ -302,10 +308,10 @@ async def _answered(context: Any, answer: Callable[[], Awaitable[_Answer]]) -> _
         await refuse_as_internal(context)
 
 
-async def _encoded(make: Callable[[], _Answer], *, in_thread: bool = True) -> _Answer:
-    """What `make` makes of an answer."""
+async def _encoded(make: Callable[[], _Answer]) -> _Answer:
+    """What `make` makes of an answer, in a thread."""
     with part("encode"):
-        return await asyncio.to_thread(make) if in_thread else make()
+        return await asyncio.to_thread(make)
 
 
 def _deadline(context: Any) -> float | None:
