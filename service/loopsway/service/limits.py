@@ -33,6 +33,8 @@ class Limit:
     count: int | str | None = None
 
 
+# A message is no longer than that, as gRPC sees to; to look at the field would copy it.
+WHOLE_MESSAGE = Limit(length="max_message_bytes")
 _INDEX, _QUERIES, _WHERE = Limit(length=NAME), Limit(count="max_queries"), Limit(length="max_where_characters")
 # Every string, bytes and repeated field of requests, by its full name in the package.
 LIMITS: dict[str, Limit] = {
@@ -64,7 +66,7 @@ LIMITS: dict[str, Limit] = {
     "Query.example_id": Limit(length="max_id_characters"),
     "Sketch.fingerprint": Limit(length=FINGERPRINT),
     "Tensor.shape": Limit(count=MAX_DIMENSIONS),
-    "Tensor.data": Limit(length="max_message_bytes"),
+    "Tensor.data": WHOLE_MESSAGE,
 }
 
 
@@ -111,11 +113,12 @@ def _check_one(
 
 @cache
 def _limited(message: Descriptor) -> tuple[tuple[FieldDescriptor, Limit | None], ...]:
-    """The fields that can hold much, themselves or within."""
+    """The fields that can hold too much, themselves or within."""
+    limits = ((field, LIMITS.get(name_of(field))) for field in message.fields)
     return tuple(
-        (field, LIMITS.get(name_of(field)))
-        for field in message.fields
-        if field.is_repeated or field.type not in _NUMBERS
+        (field, limit)
+        for field, limit in limits
+        if limit is not WHOLE_MESSAGE and (field.is_repeated or field.type not in _NUMBERS)
     )
 
 
