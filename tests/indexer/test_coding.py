@@ -29,11 +29,17 @@ def test_rotation_keeps_inner_products_and_is_the_same_for_each_row(width: int) 
 @pytest.mark.parametrize("width", [64, 128, 1024])
 def test_the_compiled_transform_is_the_product_with_hadamards_matrix(width: int) -> None:
     rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
-    given = rows.clone()
     matrix = torch.from_numpy(scipy.linalg.hadamard(width)).double()
     expected = (rows.double() @ matrix).float()
-    for transformed in (in_loops(rows), by_matrices(rows)):
+    for transformed in (in_loops(rows.clone()), by_matrices(rows)):
         torch.testing.assert_close(transformed, expected, rtol=1e-5, atol=1e-5 * width**0.5)
+
+
+def test_what_is_rotated_stays_as_it_is() -> None:
+    rows = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    given = rows.clone()
+    rotate_back(rotate(rows, 1), 1)
+    rotate_back(rows, 1)
     assert torch.equal(rows, given)
 
 

@@ -32,22 +32,22 @@ def rotate(sketches: Tensor, seed: int, rotations: int = ROTATIONS) -> Tensor:
 
 def rotate_back(rotated: Tensor, seed: int, rotations: int = ROTATIONS) -> Tensor:
     """The inverse of `rotate`."""
-    sketches = rotated.float()
+    sketches = rotated.to(torch.float32, copy=True)
     for rotation in reversed(range(rotations)):
-        sketches = _transformed(sketches) * _signs(seed, rotated.shape[-1], rotation, rotated.device)
+        sketches = _transformed(sketches).mul_(_signs(seed, rotated.shape[-1], rotation, rotated.device))
     return sketches
 
 
 def _transformed(values: Tensor) -> Tensor:
-    """The Walsh-Hadamard transform of the last dimension, without its scale; it is symmetric."""
+    """The Walsh-Hadamard transform of the last dimension, without its scale, perhaps in place; it is symmetric."""
     return in_loops(values) if values.device.type == "cpu" else by_matrices(values)
 
 
 def in_loops(values: Tensor) -> Tensor:
-    """The transform on a processor."""
-    out = values.clone(memory_format=torch.contiguous_format)
-    _transform(out.view(-1, values.shape[-1]).numpy())
-    return out
+    """The transform on a processor, in place where they lie one after another."""
+    values = values.contiguous()
+    _transform(values.view(-1, values.shape[-1]).numpy())
+    return values
 
 
 def by_matrices(values: Tensor) -> Tensor:
