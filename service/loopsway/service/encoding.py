@@ -103,7 +103,7 @@ def scores_responses(
         yield pb.ScoreExamplesResponse(
             step=part.step,
             first_rank=part.first_rank,
-            example_ids=index.examples["id"].take(part.rows).to_pylist(),
+            example_ids=index.ids_in(part.rows),
             influences=to_tensor(part.influences),
             standard_errors=to_tensor(part.standard_errors),
             queries=[_query_message(query) for query in queries] if not number else [],
@@ -183,13 +183,12 @@ def _facts(answers: Sequence[Influences], index: Index) -> dict[int, bytes]:
         )
     )
     columns = index.columns_in(rows)
-    metadata = columns.get("metadata", [None] * len(rows))
     return {
         row: pb.Influencer(
-            example_id=each, description=description, metadata=metadata_struct(facts) if facts else None
+            example_id=each, description=description, metadata=metadata_struct(metadata) if metadata else None
         ).SerializeToString()
-        for row, each, description, facts in zip(
-            rows.tolist(), columns["id"], columns["description"], metadata, strict=True
+        for row, each, description, metadata in zip(
+            rows.tolist(), columns["id"], columns["description"], columns["metadata"], strict=True
         )
     }
 

@@ -213,7 +213,7 @@ def _refuse_other_factory(folder: Folder, existing: Approximation, asked: Approx
 def _new_rows(task: Task, index: Index, *, skip_existing: bool) -> list[int]:
     """Rows of the task's examples that the index has not."""
     ids = [task.example_id(row) for row in range(len(task.examples()))]
-    known = set(index.examples["id"].take(pa.array(index.live_rows())).to_pylist())
+    known = set(index.ids_in(index.live_rows()))
     new = [row for row, example_id in enumerate(ids) if example_id not in known]
     if len(new) < len(ids) and not skip_existing:
         example_id = next(each for each in ids if each in known)

@@ -88,7 +88,7 @@ def _description(index: Index, num_examples: int, names: Sequence[str]) -> dict[
 
 
 def _write(folder: Folder, name: str, index: Index, rows: np.ndarray, write: Callable[..., None]) -> None:
-    ids = index.examples["id"].take(pa.array(rows)).to_pylist()
+    ids = index.ids_in(rows)
     norms = np.vstack([index.step_norms()[:, rows], index.total_norms()[None, rows]]).T  # [n, S + 1]
     sketches = index.sketches(rows)
     folder.write_file(name, lambda file: write(file, ids, sketches, norms))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
-import pyarrow as pa
 
 from ..search.filters import matching_rows
 from ..search.index import Index
@@ -101,7 +100,7 @@ def check_step(index: Index, step: int | None) -> None:
 
 def _neighbors(index: Index, near: Near, coverage: float) -> Neighbors:
     return Neighbors(
-        example_ids=tuple(index.examples["id"].take(pa.array(near.rows)).to_pylist()),
+        example_ids=tuple(index.ids_in(near.rows)),
         rows=near.rows,
         similarities=near.similarities,
         standard_errors=near.standard_errors,

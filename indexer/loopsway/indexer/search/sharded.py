@@ -76,7 +76,7 @@ class Shards(Protocol):
             arguments: its own, by position.
             kept: bool [N], rows that may be found, of which each is given its own; None: not to be given, or all.
             deadline: when to stop waiting, by `time.monotonic()`; None: when the shards themselves do.
-            go_on: for `CodeReader.nearest`, of shards in this process alone.
+            go_on: for a method that takes one, of shards in this process alone; None: not to be given.
 
         Returns:
             What each gave; None for one that did not answer.
@@ -111,7 +111,7 @@ class LocalShards:
         deadline: float | None,
         go_on: GoOn | None = None,
     ) -> list[Any]:
-        more = {"go_on": go_on} if method == "nearest" else {}
+        more = {} if go_on is None else {"go_on": go_on}
         return [
             getattr(reader, method)(*arguments, **own_rows(method, reader.rows, kept), **more)
             for reader in self._readers
