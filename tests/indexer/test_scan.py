@@ -15,7 +15,7 @@ from loopsway.indexer import SketchConfig, delete_examples, open_index
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search import coded_queries, scan, slot
 from loopsway.indexer.search.filters import FilterError, matching_rows
-from loopsway.indexer.search.products import exact_products
+from loopsway.indexer.search.products import ExactProducts
 from loopsway.indexer.sketches.coding import decode, encode, row_bytes
 from loopsway.indexer.sketches.rotation import rotate
 
@@ -39,6 +39,7 @@ def coded(sketches: np.ndarray, bits: int, kept: np.ndarray | None = None) -> tu
         codes=lambda block: codes.codes[blocks[block].start : blocks[block].stop],
         factors=codes.factors,
         longest=float(longest),
+        row_bytes=codes.codes.shape[1] * codes.codes.itemsize,
         kept=kept,
     )
     return rows, decoded.astype(np.float64)
@@ -59,7 +60,7 @@ def force(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
 
 def scorer(scores: np.ndarray) -> scan.Score:
     """Gives scores [M, N] that are known."""
-    return lambda asked: [scores[query][rows] for query, rows in asked]
+    return lambda whose, rows: scores[whose, rows]
 
 
 def sides(answer: scan.Answer, k: int) -> list[tuple[list[int], list[float]]]:
@@ -167,9 +168,9 @@ def test_few_rows_are_scored_exactly(bits: int) -> None:
     queries, scored = np.random.default_rng(2).standard_normal((8, 4096)).astype(np.float32), []
     known = scorer(queries @ decoded.T)
 
-    def counted(asked: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
-        scored.extend(len(rows) for _, rows in asked)
-        return known(asked)
+    def counted(whose: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        scored.append(len(rows))
+        return known(whose, rows)
 
     scan.scan(queries, bits, rows, 5, counted)
     assert sum(scored) / len(queries) < 70
@@ -202,9 +203,9 @@ def test_exact_products_are_those_of_float64(bits: int) -> None:
     rng = np.random.default_rng(4)
     some = rng.standard_normal((35, 1024))
     queries = np.concatenate([some, np.zeros((1, 1024)), 1e-20 * some[:2], np.eye(1024)[:3]]).astype(np.float32)
-    products = exact_products(queries, bits)
+    products = ExactProducts(queries, bits)
     for block, own in enumerate(rows.blocks):
-        scores = products(rows.codes(block)) * rows.factors[own.start : own.stop, None]
+        scores = products.of_all(rows.codes(block)) * rows.factors[own.start : own.stop, None]
         want = decoded[own.start : own.stop] @ queries.T.astype(np.float64)
         scale = np.abs(decoded[own.start : own.stop]).max(1)[:, None] * np.abs(queries).sum(1)
         assert (np.abs(scores - want) <= 1e-6 * scale).all()
@@ -215,9 +216,9 @@ def test_equal_sign_codes_have_equal_products_whatever_is_beside_them() -> None:
     codes = rng.integers(256, size=(1500, 128), dtype=np.uint8)
     codes[1203] = codes[4]
     queries = rng.standard_normal((40, 1024)).astype(np.float32)
-    products = exact_products(queries, 1)(codes)
+    products = ExactProducts(queries, 1).of_all(codes)
     np.testing.assert_array_equal(products[1203], products[4])
-    np.testing.assert_array_equal(exact_products(queries[7:8], 1)(codes[4:5])[0], products[4, 7:8])
+    np.testing.assert_array_equal(ExactProducts(queries[7:8], 1).of_all(codes[4:5])[0], products[4, 7:8])
 
 
 def queries(count: int = 6) -> np.ndarray:

@@ -17,9 +17,18 @@ _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 def compiled(loop: _Loop) -> _Loop:
     """Compiles a function of arrays and numbers at its first call with arguments of these types."""
+    return _made(loop)
+
+
+def compiled_sums(loop: _Loop) -> _Loop:
+    """As `compiled`, and it adds in any order, in vectors: the last bits of its sums may be another machine's own."""
+    return _made(loop, fastmath={"reassoc", "contract", "nsz"})
+
+
+def _made(loop: _Loop, **options: Any) -> _Loop:
     made: Any
     try:
-        made = numba.njit(nogil=True, cache=True)(loop)
+        made = numba.njit(nogil=True, cache=True, **options)(loop)
     except RuntimeError:  # no folder can be written to: every process compiles anew
-        made = numba.njit(nogil=True)(loop)
+        made = numba.njit(nogil=True, **options)(loop)
     return made

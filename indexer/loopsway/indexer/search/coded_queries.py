@@ -22,9 +22,8 @@ from typing import Literal
 import numkong
 import numpy as np
 
-from ..sketches.coding import GAUSSIAN_STEP
 from .inner_loops import rescale, round_to_bfloat16
-from .planes import bit_planes, write_products
+from .planes import coarse_planes, write_products
 
 PLANES, MORE_PLANES = 4, 8  # of a query that meets sign bits: at first, and where that tells too little
 DEVIATIONS = 6.0
@@ -68,11 +67,11 @@ class CodedQueries:
 
 def code_queries(queries: np.ndarray, bits: int, planes: int = PLANES) -> CodedQueries:
     """Codes rotated queries, float32 [M, W], for rows of so many bits; in so many planes, 4 or 8, for sign bits."""
+    if bits == 1:
+        return _in_planes(queries, planes)
     unit, peaks = by_peaks(queries)
     offset, rounding = np.zeros(len(unit), np.float32), ROUNDING
-    if bits == 1:
-        products, levels = _as_planes(unit, planes)
-    elif bits <= 8:
+    if bits <= 8:
         products, levels, offset = _as_int8(unit, bits)
     elif bits == 16 and not _is_paired(unit.astype(np.float16)):
         products, levels = _as_bfloat16(unit)
@@ -100,16 +99,19 @@ def slack_of(unit: np.ndarray, coded: np.ndarray, rounding: float) -> np.ndarray
         coded: what stands for them, [M, W].
         rounding: of |query| |row|: what the sums lose.
     """
-    rest, length = np.linalg.norm(unit - coded, axis=1), np.linalg.norm(unit, axis=1)
-    return (DEVIATIONS * rest / math.sqrt(unit.shape[1]) + rounding * length).astype(np.float32)
+    return _slack(np.linalg.norm(unit - coded, axis=1), np.linalg.norm(unit, axis=1), unit.shape[1], rounding)
 
 
-def _as_planes(unit: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    top, half = (1 << count) - 1, 1 << (count - 1)
-    steps = np.linalg.norm(unit, axis=1, keepdims=True) * np.float32(GAUSSIAN_STEP[count] / math.sqrt(unit.shape[1]))
-    steps[steps == 0] = 1
-    cells = (np.clip(np.floor(unit / steps), -half, half - 1) + half).astype(np.uint8)
-    return bit_planes(cells, count), 2 * cells.astype(np.float32) - top
+def _slack(rests: np.ndarray, lengths: np.ndarray, width: int, rounding: float) -> np.ndarray:
+    """Of how long queries and the rests of them are, [M]."""
+    return (DEVIATIONS * rests / math.sqrt(width) + rounding * lengths).astype(np.float32)
+
+
+def _in_planes(queries: np.ndarray, count: int) -> CodedQueries:
+    planes, scale, rests, lengths, peaks = coarse_planes(queries, count)
+    slack = _slack(rests, lengths, queries.shape[1], ROUNDING)
+    offset = np.zeros(len(queries), np.float32)
+    return CodedQueries(scale=scale, slack=slack, peaks=peaks, _products=planes, _offset=offset)
 
 
 def _as_int8(unit: np.ndarray, bits: int) -> tuple[Products, np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..memory import is_out_of_memory
 from ..sketches.coding import code_shape, decode
 from .coded_queries import ROUNDING, by_peaks, slack_of
-from .scan import Answer, Rows, Score, ranked
+from .scan import Answer, Rows, Score, ranked, scored
 
 EXTRA, WIDENING = 16, 8  # candidates beyond k; more, times this, while one that is left out could be better
 TILE_BYTES = 256 << 20  # of what is made of a tile's codes: each tile costs a dozen launches
@@ -87,7 +87,7 @@ class DeviceScan:
         while waiting := [query for query in range(len(queries)) if query not in answers]:
             largest, smallest = self.candidates(name, queries[waiting], bits, rows, count)
             both = [np.union1d(*each) for each in zip(largest.rows, smallest.rows, strict=True)]
-            scores = score(list(zip(waiting, both, strict=True)))
+            scores = scored(score, list(zip(waiting, both, strict=True)))
             found = [ranked(*each) for each in zip(both, scores, strict=True)]
             for query, answer, upper, lower in zip(waiting, found, largest.limits, smallest.limits, strict=True):
                 if _is_whole(answer[1], upper, k) and _is_whole(-answer[1][::-1], lower, k):

@@ -56,40 +56,106 @@ def rescale(products: np.ndarray, offset: np.ndarray, scale: np.ndarray, factors
 
 
 @compiled
-def group_peaks(values: np.ndarray, num_groups: int, highest: np.ndarray, lowest: np.ndarray) -> None:
-    """The largest and smallest of each group, float32 [num_groups], of values [n]: every num_groups-th is one group."""
-    highest[:], lowest[:] = values[:num_groups], values[:num_groups]
-    for start in range(num_groups, len(values) - num_groups + 1, num_groups):
-        own = values[start : start + num_groups]
-        for group in range(num_groups):
-            value, high, low = own[group], highest[group], lowest[group]
-            highest[group] = value if value > high else high  # max() minds NaN, which takes ten times as long
-            lowest[group] = value if value < low else low
+def group_peaks(values: np.ndarray, highest: np.ndarray, lowest: np.ndarray) -> None:
+    """The largest and smallest of each of G groups, [M, G], of values [M, n]: every G-th of a query is one group."""
+    num_groups = highest.shape[1]
+    for query in range(len(values)):
+        row, peaks, lows = values[query], highest[query], lowest[query]
+        peaks[:], lows[:] = row[:num_groups], row[:num_groups]
+        for start in range(num_groups, len(row) - num_groups + 1, num_groups):
+            own = row[start : start + num_groups]
+            for group in range(num_groups):
+                value, high, low = own[group], peaks[group], lows[group]
+                peaks[group] = value if value > high else high  # max() minds NaN, which takes ten times as long
+                lows[group] = value if value < low else low
 
 
 @compiled
 def reaching(
-    estimates: np.ndarray, lengths: np.ndarray, slack: np.float32, high: np.float32, low: np.float32, out: np.ndarray
-) -> int:
-    """Writes the places where an estimate [n], give or take length x slack, reaches `high` or -`low`.
+    estimates: np.ndarray,
+    lengths: np.ndarray,
+    slack: np.ndarray,
+    high: np.ndarray,
+    low: np.ndarray,
+    out: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Writes the places where an estimate [M, n], give or take length [n] x slack [M], reaches `high` or -`low` [M].
 
-    Returns:
-        How many there are; one more than `out` holds if these are too many for it.
+    Args:
+        out: int64 [M, c], of the places of each query, ascending.
+        counts: int64 [M], how many there are; c + 1 if these are too many.
     """
-    count = 0
-    for start in range(0, len(estimates), _LANES):
-        own, own_lengths = estimates[start : start + _LANES], lengths[start : start + _LANES]
-        some = np.int32(0)
-        for place in range(len(own)):
-            width = own_lengths[place] * slack
-            some += np.int32((own[place] + width >= high) | (width - own[place] >= low))
-        if some == 0:
-            continue
-        for place in range(len(own)):
-            width = own_lengths[place] * slack
-            if own[place] + width >= high or width - own[place] >= low:
-                if count == len(out):
-                    return count + 1
-                out[count] = start + place
+    most = out.shape[1]
+    for query in range(len(estimates)):
+        row, own_slack, above, below = estimates[query], slack[query], high[query], low[query]
+        count = 0
+        for start in range(0, len(row), _LANES):
+            own, own_lengths = row[start : start + _LANES], lengths[start : start + _LANES]
+            some = np.int32(0)
+            for place in range(len(own)):
+                width = own_lengths[place] * own_slack
+                some += np.int32((own[place] + width >= above) | (width - own[place] >= below))
+            if some == 0 or count > most:
+                continue
+            for place in range(len(own)):
+                width = own_lengths[place] * own_slack
+                if own[place] + width >= above or width - own[place] >= below:
+                    if count < most:
+                        out[query, count] = start + place
+                    count += 1
+        counts[query] = min(count, most + 1)
+
+
+@compiled
+def take_in(
+    numbers: np.ndarray,
+    ends: np.ndarray,
+    rows: np.ndarray,
+    scores: np.ndarray,
+    best_rows: np.ndarray,
+    best_scores: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Takes scored rows in among the best of some queries: the k of largest, and the k of smallest score.
+
+    Args:
+        numbers: of the queries, int64 [m].
+        ends: where the rows of each end, int64 [m].
+        rows: int64 [n], ascending for each query.
+        scores: theirs, float32 [n].
+        best_rows: int64 [M, 2 k], from the largest score to the smallest; equal ones by row.
+        best_scores: theirs, float32.
+        counts: int64 [M], how many rows each query has; of equal scores the first rows, also of the smallest.
+    """
+    most, begin = best_rows.shape[1], 0
+    k = most // 2
+    for place in range(len(numbers)):
+        query, end = numbers[place], ends[place]
+        order = np.argsort(-scores[begin:end], kind="mergesort")
+        num_known, total = counts[query], counts[query] + end - begin
+        known_rows, known_scores = best_rows[query], best_scores[query]
+        all_rows, all_scores = np.empty(total, np.int64), np.empty(total, np.float32)
+        known = new = 0
+        for at in range(total):
+            is_known = new == len(order)
+            if not is_known and known < num_known:
+                row, score = rows[begin + order[new]], scores[begin + order[new]]
+                is_known = known_scores[known] > score or (known_scores[known] == score and known_rows[known] < row)
+            if is_known:
+                all_rows[at], all_scores[at] = known_rows[known], known_scores[known]
+                known += 1
+            else:
+                all_rows[at], all_scores[at] = rows[begin + order[new]], scores[begin + order[new]]
+                new += 1
+        first = below = max(0, total - k)  # the k smallest begin here, unless others are equal to the largest of them
+        while first > 0 and total > most and all_scores[first - 1] == all_scores[total - k]:
+            first -= 1
+        while below < total and total > most and all_scores[below] == all_scores[total - k]:
+            below += 1
+        count, last_equal = 0, first + k - (total - below)
+        for at in range(total):
+            if total <= most or at < k or first <= at < last_equal or at >= below:
+                known_rows[count], known_scores[count] = all_rows[at], all_scores[at]
                 count += 1
-    return count
+        counts[query], begin = count, end

@@ -8,57 +8,59 @@ whatever is beside them. Other codes are decoded, and summed in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
 from ..sketches.coding import decode
-from .planes import TOGETHER, bit_planes, write_products
+from .planes import exact_planes, sign_sums, write_own_products, write_products
 
-PLANES = 24  # of a query that meets sign bits: float32 holds no more
 TILE_BYTES = 1 << 20  # of decoded rows, at the least: they stay in the cache, and in the same memory
 
 
-def exact_products(queries: np.ndarray, bits: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Gives <query, codes>, float64 [n, M], of codes [n, L], without their factors.
+class ExactProducts:
+    """Gives <query, codes> without the codes' factors.
 
     Args:
         queries: rotated, float32 [M, W].
         bits: of the codes.
     """
-    if bits == 1:
-        return _sign_products(queries)
-    exact = queries.astype(np.float64).T  # [W, M]
 
-    together = max(1, max(TILE_BYTES, exact.nbytes) // (8 * len(exact)))
-    ones = np.ones(together, np.float32)
+    def __init__(self, queries: np.ndarray, bits: int) -> None:
+        self._bits = bits
+        if bits == 1:
+            self._planes, self._units = exact_planes(queries)
+        else:
+            self._exact = queries.astype(np.float64)
 
-    def products(codes: np.ndarray) -> np.ndarray:
-        out = np.empty((len(codes), exact.shape[1]))
-        for start in range(0, len(codes), together):
-            tile = codes[start : start + together]
-            np.matmul(
-                decode(tile, ones[: len(tile)], bits).astype(np.float64), exact, out=out[start : start + together]
-            )
-        return out
-
-    return products
-
-
-def _sign_products(queries: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    peaks = np.abs(queries).max(1).astype(np.float64)
-    peaks[peaks == 0] = 1
-    half = 1 << (PLANES - 1)
-    cells = np.rint(queries / peaks[:, None] * (half - 1)).astype(np.int32) + half
-    planes, ones = bit_planes(cells, PLANES), np.full((1, TOGETHER, queries.shape[1] // 8), 255, np.uint8)
-    scale, unit = peaks / (2 * (half - 1)), np.full(1, 1 / ((1 << TOGETHER) - 1))
-
-    def products(codes: np.ndarray) -> np.ndarray:
-        factors, out, sums = np.ones(len(codes)), np.empty((len(queries), len(codes))), np.empty((1, len(codes)))
-        write_products(codes, planes, np.ones(len(queries)), factors, out)
-        write_products(codes, ones, unit, factors, sums)
-        out -= np.rint(sums)  # levels are odd; with these taken off, they are 2 (cell - half)
-        out *= scale[:, None]
+    def of_all(self, codes: np.ndarray) -> np.ndarray:
+        """Of codes [n, L] with every query, float64 [n, M]."""
+        if self._bits > 1:
+            return self._decoded(codes, self._exact)
+        factors, out = np.ones(len(codes)), np.empty((len(self._units), len(codes)))
+        write_products(codes, self._planes, np.ones(len(self._units)), factors, out)
+        out -= sign_sums(codes)  # levels are odd; with these taken off, they are 2 (cell - half)
+        out *= self._units[:, None]
         return out.T
 
-    return products
+    def of_own(self, codes: np.ndarray, whose: np.ndarray) -> np.ndarray:
+        """Of each of codes [n, L] with its own query, whose number is in int64 [n]: float64 [n]."""
+        out = np.empty(len(codes))
+        if self._bits == 1:
+            write_own_products(codes, whose, self._planes, self._units, out)
+            return out
+        starts = np.flatnonzero(np.diff(whose, prepend=-1)).tolist()
+        for start, stop in pairwise([*starts, len(codes)]):
+            query = whose[start]
+            out[start:stop] = self._decoded(codes[start:stop], self._exact[query : query + 1])[:, 0]
+        return out
+
+    def _decoded(self, codes: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        out = np.empty((len(codes), len(queries)))
+        together = max(1, max(TILE_BYTES, queries.nbytes) // (8 * queries.shape[1]))
+        ones = np.ones(together, np.float32)
+        for start in range(0, len(codes), together):
+            tile = codes[start : start + together]
+            values = decode(tile, ones[: len(tile)], self._bits).astype(np.float64)
+            np.matmul(values, queries.T, out=out[start : start + together])
+        return out

@@ -17,17 +17,18 @@ of queries over their peaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from .coded_queries import MORE_PLANES, CodedQueries, code_queries
-from .inner_loops import group_peaks, reaching
+from .inner_loops import group_peaks, reaching, take_in
 
 ESTIMATES, STRETCH_ROWS = 1 << 23, 1 << 20  # held at once; of a query
 SPARSE = 0.25  # with a smaller share of rows that may be found, a block's are copied out before they are multiplied
@@ -35,12 +36,11 @@ EXTRA = 16  # rows beyond k that are scored for a first floor
 BATCH = 2048  # rows that are scored until floors rise again
 TOO_MANY = 1 / 32  # of a stretch, and more than a batch: rows that reach a floor
 GROUP = 32
-FEW = 1 << 18  # numbers or bytes, for one thread
+FEW = 32 << 20  # bytes, for one thread
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
 
-# Of numbers of queries, and rows int64 [n] with each: the exact scores of each, float64 [n].
-Score = Callable[[Sequence[tuple[int, np.ndarray]]], list[np.ndarray]]
-Taking = Generator[np.ndarray, np.ndarray, bool]
+# Of queries, by their numbers int64 [n] in groups, and a row for each, int64 [n]: the exact scores, float64 [n].
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Answer = tuple[
     np.ndarray, np.ndarray
 ]  # rows int64 [c], and their scores, float32, the largest first; equal ones by row
@@ -58,6 +58,7 @@ class Rows:
         codes: reads a block's codes [n, L].
         factors: float32 [N], of the codes; 0 for a row of zeros.
         longest: length of the longest row of codes, without its factor.
+        row_bytes: of a row of codes.
         kept: bool [N], those that may be found; None: all.
     """
 
@@ -65,6 +66,7 @@ class Rows:
     codes: Callable[[int], np.ndarray]
     factors: np.ndarray
     longest: float
+    row_bytes: int
     kept: np.ndarray | None = None
 
     def any_kept(self, own: range) -> bool:
@@ -93,15 +95,22 @@ def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, score: Score) -> li
         For each query at most 2 k rows, among them the answer: of equal scores the first rows, also of the smallest.
     """
     rows, coded = rows.only_kept(), code_queries(queries, bits)
-    best = [_Best(query, float(peak), k) for query, peak in enumerate(coded.peaks)]
+    best, every = _Best(coded.peaks, k), np.arange(len(queries))
     for blocks in _stretches(rows.blocks, len(queries)):
-        num_rows = rows.blocks[blocks[-1]].stop - rows.blocks[blocks[0]].start
-        most = max(BATCH, int(TOO_MANY * num_rows)) if bits == 1 else num_rows
-        waiting = _taken(coded, best, rows, blocks, most, score)
-        if waiting:
-            more = code_queries(queries[[each.query for each in waiting]], bits, MORE_PLANES)
-            _taken(more, waiting, rows, blocks, num_rows, score)
-    return [each.answer for each in best]
+        stretch = _Stretch(rows, blocks)
+        most = max(BATCH, int(TOO_MANY * len(stretch.rows))) if bits == 1 else len(stretch.rows)
+        waiting = _taken(stretch, coded, every, best, most, score)
+        if len(waiting):
+            more = code_queries(queries[waiting], bits, MORE_PLANES)
+            _taken(stretch, more, waiting, best, len(stretch.rows), score)
+    return best.answers()
+
+
+def scored(score: Score, asked: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+    """Exact scores, float64 [n], of the rows int64 [n] that go with each query by its number."""
+    counts = [len(rows) for _, rows in asked]
+    whose = np.repeat([query for query, _ in asked], counts)
+    return np.split(score(whose, np.concatenate([rows for _, rows in asked])), np.cumsum(counts)[:-1])
 
 
 def ranked(rows: np.ndarray, scores: np.ndarray) -> Answer:
@@ -117,7 +126,7 @@ def in_threads(function: Callable[[_T], _R], items: Iterable[_T], *, size: int =
     Args:
         function: what to do.
         items: with what.
-        size: numbers, or bytes of codes, that it reads in all: few are read sooner than another thread is woken.
+        size: bytes that it reads in all: few are read sooner than another thread is woken.
     """
     items, count = list(items), torch.get_num_threads()
     if len(items) == 1 or count == 1 or size < FEW:
@@ -130,6 +139,13 @@ def in_threads(function: Callable[[_T], _R], items: Iterable[_T], *, size: int =
 
     list(_threads(count).map(share, range(count)))
     return results
+
+
+def in_shares(function: Callable[[slice], object], start: int, stop: int, *, size: int = FEW) -> None:
+    """Calls a function as `in_threads`, with about as many numbers from `start` to `stop` for each thread."""
+    count = torch.get_num_threads() if size >= FEW else 1
+    edges = [start + share * (stop - start) // count for share in range(count + 1)]
+    in_threads(function, [slice(*own) for own in pairwise(edges) if own[0] < own[1]], size=size)
 
 
 @cache
@@ -150,40 +166,29 @@ def _stretches(blocks: Sequence[range], num_queries: int) -> Iterator[list[int]]
         yield stretch
 
 
-def _taken(
-    coded: CodedQueries, best: Sequence[_Best], rows: Rows, blocks: Sequence[int], most: int, score: Score
-) -> list[_Best]:
-    """Takes in a stretch; gives those for which more than `most` rows reach a floor, which did not."""
-    start, stop = rows.blocks[blocks[0]].start, rows.blocks[blocks[-1]].stop
-    estimates = np.empty((len(best), stop - start), np.float32)
+class _Stretch:
+    """Rows of some blocks.
 
-    def fill(block: int) -> None:
-        own = rows.blocks[block]
-        _estimate(coded, rows, block, estimates[:, own.start - start : own.stop - start])
+    Attributes:
+        rows: their numbers.
+        lengths: float32 [n], of their codes.
+    """
 
-    in_threads(fill, blocks)
-    lengths = rows.factors[start:stop] * np.float32(rows.longest)
-    taking = {
-        each: each.take(start, own, lengths, slack, most)
-        for each, own, slack in zip(best, estimates, coded.slack, strict=True)
-    }
-    waiting, scores = list[_Best](), list[np.ndarray | None]([None] * len(best))
-    while taking:  # rows of all queries are scored together
-        each_next = zip(taking.values(), scores, strict=True)
-        wanted = in_threads(lambda each: _next(each[0], each[1]), each_next, size=estimates.size)
-        waiting += [each for each, rows in zip(taking, wanted, strict=True) if rows is None]
-        asked = [(each, rows) for each, rows in zip(taking, wanted, strict=True) if rows is not None and len(rows)]
-        taking = {each: taking[each] for each, _ in asked}
-        scores = score([(each.query, rows) for each, rows in asked])
-    return waiting
+    def __init__(self, rows: Rows, blocks: Sequence[int]) -> None:
+        self.rows = range(rows.blocks[blocks[0]].start, rows.blocks[blocks[-1]].stop)
+        self.lengths = rows.factors[self.rows.start : self.rows.stop] * np.float32(rows.longest)
+        self._all, self._blocks = rows, blocks
 
+    def estimates(self, coded: CodedQueries) -> np.ndarray:
+        """Of all rows with each query, float32 [M, n]."""
+        out = np.empty((len(coded.scale), len(self.rows)), np.float32)
 
-def _next(taking: Taking, scores: np.ndarray | None) -> np.ndarray | None:
-    """The rows that are scored next, none at the end; None where too many would have to be."""
-    try:
-        return next(taking) if scores is None else taking.send(scores)
-    except StopIteration as end:
-        return np.empty(0, np.int64) if end.value else None
+        def fill(block: int) -> None:
+            own = self._all.blocks[block]
+            _estimate(coded, self._all, block, out[:, own.start - self.rows.start : own.stop - self.rows.start])
+
+        in_threads(fill, self._blocks, size=out.size * self._all.row_bytes)
+        return out
 
 
 def _estimate(coded: CodedQueries, rows: Rows, block: int, out: np.ndarray) -> None:
@@ -200,81 +205,133 @@ def _estimate(coded: CodedQueries, rows: Rows, block: int, out: np.ndarray) -> N
         out[:, live] = few
 
 
-class _Best:
-    """The best rows of one query so far.
+def _taken(
+    stretch: _Stretch, coded: CodedQueries, queries: np.ndarray, best: _Best, most: int, score: Score
+) -> np.ndarray:
+    """Takes in a stretch for some queries; gives those for which more than `most` rows reach a floor, which did not.
 
     Args:
-        query: its number.
-        peak: of the query.
-        k: of each sign.
+        stretch: the rows.
+        coded: the queries.
+        queries: their numbers, int64 [m].
+        best: the best rows of all queries.
+        most: rows that may reach a floor.
+        score: scores rows exactly.
+    """
+    estimates, start = stretch.estimates(coded), stretch.rows.start
+    known = best.within(queries, stretch.rows)  # they were taken in when the query met fewer planes
+    if not any(map(len, known)):
+        known = _extremes(estimates, stretch.lengths, best.k + EXTRA)
+        best.add([(query, rows + start) for query, rows in zip(queries, known, strict=True)], score)
+    for own, rows in zip(estimates, known, strict=True):
+        own[rows] = np.nan  # which reaches nothing
+    high, low = best.high[queries], best.low[queries]
+    reach, are_too_many = _reached(estimates, stretch.lengths, coded.slack, high, low, most)
+
+    def above(query: int, rows: np.ndarray) -> np.ndarray:
+        """By how much a row may exceed a floor; below 0 it can't reach any."""
+        widths, own = stretch.lengths[rows] * coded.slack[query], estimates[query, rows]
+        return np.maximum(own + widths - best.high[queries[query]], widths - own - best.low[queries[query]])
+
+    left = {}
+    for query, rows in enumerate(reach):
+        if len(rows) and not are_too_many[query]:
+            left[query] = rows if len(rows) <= BATCH else rows[np.argsort(-above(query, rows))]
+    while left:  # rows of all queries are scored together
+        best.add([(queries[query], np.sort(rows[:BATCH]) + start) for query, rows in left.items()], score)
+        left = {query: rows[BATCH:] for query, rows in left.items() if len(rows) > BATCH}
+        left = {query: rows[above(query, rows) >= 0] for query, rows in left.items()}
+        left = {query: rows for query, rows in left.items() if len(rows)}
+    return queries[are_too_many]
+
+
+class _Best:
+    """The best rows of each query so far.
+
+    Args:
+        peaks: of the queries, float32 [M].
+        k: rows of each sign.
+
+    Attributes:
+        k: the same.
+        high: float32 [M]; an estimate below it is not of one of the k largest.
+        low: float32 [M]; nor one whose negative is below it of one of the k smallest.
     """
 
-    def __init__(self, query: int, peak: float, k: int) -> None:
-        self.query, self._peak, self._k = query, peak, k
-        self.answer: Answer = np.empty(0, np.int64), np.empty(0, np.float32)
-        self._high = self._low = np.float32(POSITIVE)  # floors: of estimates, and of their negatives
+    def __init__(self, peaks: np.ndarray, k: int) -> None:
+        self.k, self._peaks = k, peaks.astype(np.float64)
+        self._rows, self._scores = np.empty((len(peaks), 2 * k), np.int64), np.empty((len(peaks), 2 * k), np.float32)
+        self._counts = np.zeros(len(peaks), np.int64)
+        self.high, self.low = (np.full(len(peaks), POSITIVE, np.float32) for _ in range(2))
 
-    def take(self, start: int, estimates: np.ndarray, lengths: np.ndarray, slack: np.float32, most: int) -> Taking:
-        """Takes in a stretch that begins with the row `start`; not all of it, and False, if more rows reach a floor.
+    def answers(self) -> list[Answer]:
+        return [(rows[:count], scores[:count])
+                for rows, scores, count in zip(self._rows, self._scores, self._counts.tolist(), strict=True)]  # fmt: skip
 
-        Yields rows, and is sent their scores. Estimates of rows that are taken in become NaN, which reaches nothing.
-        """
-        known = self.answer[0] - start  # those of this stretch: taken in when the query met fewer planes
-        known = known[(known >= 0) & (known < len(estimates))]
-        estimates[known] = np.nan
-        if not len(known):
-            first = _extremes(estimates, self._k + EXTRA)
-            if len(first):
-                self._add(first + start, (yield first + start))
-                estimates[first] = np.nan
-        rows = np.empty(min(most, len(estimates)), np.int64)
-        count = reaching(estimates, lengths, slack, self._high, self._low, rows)
-        if count > len(rows):
-            return False
-        rows = rows[:count]
-        widths, estimates = lengths[rows] * slack, estimates[rows]
-        order = np.argsort(-self._above(estimates, widths))
-        rows, widths, estimates = rows[order], widths[order], estimates[order]
-        while len(rows):
-            now = rows[:BATCH] + start
-            self._add(now, (yield now))
-            rows, widths, estimates = rows[BATCH:], widths[BATCH:], estimates[BATCH:]
-            left = self._above(estimates, widths) >= 0
-            rows, widths, estimates = rows[left], widths[left], estimates[left]
-        return True
+    def within(self, queries: np.ndarray, rows: range) -> list[np.ndarray]:
+        """The best rows of some queries that are among some rows, by their places there."""
+        answers = self.answers()
+        places = [answers[query][0] - rows.start for query in queries]
+        return [own[(own >= 0) & (own < len(rows))] for own in places]
 
-    def _above(self, estimates: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """By how much a row may exceed a floor; below 0 it can't reach any."""
-        return np.maximum(estimates + widths - self._high, widths - estimates - self._low)
+    def add(self, asked: Sequence[tuple[int, np.ndarray]], score: Score) -> None:
+        """Takes rows in, of queries by their numbers; they are ascending."""
+        numbers = np.array([query for query, _ in asked])
+        counts = [len(rows) for _, rows in asked]
+        rows = np.concatenate([rows for _, rows in asked])
+        if not len(rows):
+            return
+        scores = score(np.repeat(numbers, counts), rows).astype(np.float32)
+        take_in(numbers, np.cumsum(counts), rows, scores, self._rows, self._scores, self._counts)
+        full = np.flatnonzero(self._counts >= self.k)
+        self.high[full] = self._floors(full, self._scores[full, self.k - 1])
+        self.low[full] = self._floors(full, -self._scores[full, self._counts[full] - self.k])
 
-    def _add(self, rows: np.ndarray, scores: np.ndarray) -> None:
-        k, (known, known_scores) = self._k, self.answer
-        rows, scores = ranked(np.concatenate([known, rows]), np.concatenate([known_scores, scores.astype(np.float32)]))
-        if len(rows) >= k:
-            self._high, self._low = self._floor(scores[k - 1]), self._floor(-scores[-k])
-        if len(rows) > 2 * k:  # of equal scores the first rows, also of the least
-            best = np.union1d(np.arange(k), np.lexsort((rows, scores))[:k])
-            rows, scores = rows[best], scores[best]
-        self.answer = rows, scores
-
-    def _floor(self, score: np.float32) -> np.float32:
+    def _floors(self, queries: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """What a row must reach to have this score after rounding, and to have any."""
-        return np.float32(max(float(np.nextafter(score, np.float32(-math.inf))) / self._peak, POSITIVE))
+        return np.maximum(np.nextafter(scores, np.float32(-math.inf)) / self._peaks[queries], POSITIVE)
 
 
-def _extremes(estimates: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the largest estimates above 0 and the smallest below: about `count` of each, if there are so many."""
+def _extremes(estimates: np.ndarray, lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """Rows of each query's largest estimates above 0 and smallest below: about `count` of each, if there are so many.
+
+    Args:
+        estimates: [M, n].
+        lengths: of the rows, [n].
+        count: of each sign.
+    """
     highest, lowest = estimates, estimates
-    num_groups = len(estimates) // GROUP
+    num_groups = estimates.shape[1] // GROUP
     if num_groups > 4 * count:  # the peaks of groups are much fewer: the count-th of them will do
-        highest, lowest = np.empty(num_groups, np.float32), np.empty(num_groups, np.float32)
-        group_peaks(estimates, num_groups, highest, lowest)
-    high, low = (max(_reached(peaks, count), np.float32(POSITIVE)) for peaks in (highest, -lowest))
-    rows = np.empty(8 * count, np.int64)  # of equal ones any will do
-    return rows[: reaching(estimates, estimates, np.float32(0), high, low, rows)]
+        highest, lowest = (np.empty((len(estimates), num_groups), np.float32) for _ in range(2))
+        in_shares(lambda own: group_peaks(estimates[own], highest[own], lowest[own]), 0, len(estimates),
+                  size=estimates.nbytes)  # fmt: skip
+    place = max(0, highest.shape[1] - count)
+    high, low = (
+        np.maximum(np.partition(peaks, place, axis=1)[:, place], np.float32(POSITIVE)) for peaks in (highest, -lowest)
+    )
+    # Of equal ones any will do.
+    return _reached(estimates, lengths, np.zeros(len(estimates), np.float32), high, low, 8 * count)[0]
 
 
-def _reached(values: np.ndarray, count: int) -> np.float32:
-    """A value that at least `count` reach, and not many more; the least of fewer."""
-    place = max(0, len(values) - count)
-    return np.partition(values, place)[place]
+def _reached(
+    estimates: np.ndarray, lengths: np.ndarray, slack: np.ndarray, high: np.ndarray, low: np.ndarray, most: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """For each query the first places, at most `most`, where an estimate may reach a floor; and whether there are more.
+
+    Args:
+        estimates: [M, n].
+        lengths: of the rows, [n].
+        slack: [M]; times a length, what an estimate may be off by.
+        high: floors, [M].
+        low: floors of the negatives, [M].
+        most: places of a query.
+    """
+    places = np.empty((len(estimates), min(most, estimates.shape[1])), np.int64)
+    counts = np.empty(len(estimates), np.int64)
+
+    def find(own: slice) -> None:
+        reaching(estimates[own], lengths, slack[own], high[own], low[own], places[own], counts[own])
+
+    in_shares(find, 0, len(estimates), size=estimates.nbytes)
+    return [own[:count] for own, count in zip(places, counts, strict=True)], counts > places.shape[1]

@@ -19,12 +19,13 @@ from ..store.folders import FileFacts
 from ..store.generation import Generation
 from ..store.row_table import open_row_table
 from .device_scan import DeviceScan
-from .products import exact_products
-from .scan import Rows, Score, in_threads, ranked, scan
+from .products import ExactProducts
+from .scan import Rows, Score, in_shares, in_threads, ranked, scan, scored
 from .shards import DecodedRows, Shards
 
 SCAN_QUERIES = 64  # in one pass over the codes
 SCORED_BYTES = 16 << 20  # of codes that are copied out at once to score their rows
+EXACT_COST = 6  # times what reading a row of sign bits for an estimate takes
 
 
 class Slot:
@@ -71,6 +72,10 @@ class Slot:
             kept[deleted] = False
             self._kept = kept[self._own]
         self._device_scan = device_scan
+
+    @property
+    def _row_bytes(self) -> int:
+        return row_bytes(self._generation.plan.width, self._bits)
 
     @property
     def _own(self) -> slice:
@@ -135,7 +140,7 @@ class Slot:
             return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         if effort is not None and self._shards.can_search_within(kept):
             candidates = self._shards.candidates(queries, k, effort=effort, kept=kept)
-            scores = self._scores_of(queries)(list(enumerate(candidates)))
+            scores = scored(self._scores_of(queries), list(enumerate(candidates)))
             return [ranked(*each) for each in zip(candidates, scores, strict=True)]
         parts = (queries[start : start + SCAN_QUERIES] for start in range(0, len(queries), SCAN_QUERIES))
         return [answer for part in parts for answer in self._scanned(part, k, kept)]
@@ -152,30 +157,18 @@ class Slot:
 
     def _scores_of(self, queries: np.ndarray, first: int = 0) -> Score:
         """Scores rows that are numbered from `first` on, with queries [M, W] by their numbers."""
-        products: dict[int, Callable[[np.ndarray], np.ndarray]] = {}
-        at_once = max(1, SCORED_BYTES // row_bytes(self._generation.plan.width, self._bits))
+        products, size = ExactProducts(queries, self._bits), self._row_bytes
+        at_once = max(1, SCORED_BYTES // size)
 
-        def scores(asked: tuple[int, np.ndarray, np.ndarray]) -> np.ndarray:
-            query, rows, codes = asked
-            if query not in products:
-                products[query] = exact_products(queries[query, None], self._bits)
-            return products[query](codes)[:, 0] * self.factors[rows]
+        def score(whose: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            rows, scores = rows + first, np.empty(len(rows))
 
-        def score(asked: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
-            whose = np.repeat(np.arange(len(asked)), [len(rows) for _, rows in asked])
-            rows = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in asked)]) + first
-            parts = [list[np.ndarray]() for _ in asked]
+            def fill(own: slice) -> None:
+                scores[own] = products.of_own(self.codes(rows[own]), whose[own]) * self.factors[rows[own]]
+
             for start in range(0, len(rows), at_once):
-                part = slice(start, start + at_once)
-                codes = self.codes(rows[part])
-                ends = np.flatnonzero(np.diff(whose[part])) + 1
-                own = zip(np.split(rows[part], ends), np.split(codes, ends), strict=True)
-                numbers = whose[part][np.r_[0, ends]].tolist()
-                scored = [(asked[place][0], *each) for place, each in zip(numbers, own, strict=True)]
-                found = in_threads(scores, scored, size=codes.nbytes)
-                for place, each in zip(numbers, found, strict=True):
-                    parts[place].append(each)
-            return [np.concatenate([np.empty(0), *each]) for each in parts]
+                in_shares(fill, start, min(start + at_once, len(rows)), size=EXACT_COST * size * len(rows))
+            return scores
 
         return score
 
@@ -188,6 +181,7 @@ class Slot:
             codes=lambda block: self._generation.mapped_codes(self.step, blocks[block]),
             factors=self.factors[self._own],
             longest=self._longest,
+            row_bytes=self._row_bytes,
             kept=kept,
         )
 
@@ -208,13 +202,13 @@ class Slot:
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Estimated inner products of rows with rotated queries [M, W]; float32 [M, R], as `search` scores them."""
-        plan, products = self._generation.plan, exact_products(queries, self._bits)
+        plan, products = self._generation.plan, ExactProducts(queries, self._bits)
         out = np.empty((len(queries), len(self.within)), np.float32)
 
         def fill(block: int) -> None:
             own, first = plan.rows_of(block), self.within.start
             codes = self._generation.mapped_codes(self.step, block)
-            out[:, own.start - first : own.stop - first] = products(codes).T * self.factors[own.start : own.stop]
+            out[:, own.start - first : own.stop - first] = products.of_all(codes).T * self.factors[own.start : own.stop]
 
         in_threads(fill, self._blocks)
         return out
