@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from loopsway.indexer.compiled import compiled
-from loopsway.indexer.search.inner_loops import group_peaks, reaching, rescale, round_to_bfloat16
-from loopsway.indexer.search.planes import bit_planes, write_products
+from loopsway.indexer.search.inner_loops import group_peaks, reaching, rescale, round_to_bfloat16, take_in
+from loopsway.indexer.search.planes import (
+    EXACT,
+    bit_planes,
+    coarse_planes,
+    exact_planes,
+    sign_sums,
+    write_own_products,
+    write_products,
+)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
@@ -50,28 +58,84 @@ def test_products_are_rescaled_and_turned() -> None:
     np.testing.assert_allclose(out, (products + offset).T * scale[:, None] * factors, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [8, 64, 136, 1024])
+def test_own_products_and_sums_of_sign_codes_are_those_of_whole_numbers(width: int) -> None:
+    rng = np.random.default_rng(width)
+    queries, signs = rng.standard_normal((3, width)).astype(np.float32), rng.integers(2, size=(35, width))
+    queries[1] = 0
+    codes, whose = np.packbits(signs.astype(np.uint8), axis=1, bitorder="little"), rng.integers(3, size=35)
+    planes, units = exact_planes(queries)
+    bits = np.unpackbits(planes, axis=2, bitorder="little").astype(np.int64)  # [M, P, W]
+    levels = 2 * (bits * (1 << np.arange(EXACT))[:, None]).sum(1) - (1 << EXACT)
+    np.testing.assert_allclose(levels * units[:, None], queries, rtol=0, atol=2**-22 * np.abs(queries).max())
+    out = np.empty(35)
+    write_own_products(codes, whose, planes, units, out)
+    assert out.tolist() == [
+        (levels[query] @ (2 * own - 1)) * units[query] for query, own in zip(whose, signs, strict=True)
+    ]
+    assert sign_sums(codes).tolist() == (2 * signs - 1).sum(1).tolist()
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_what_coarse_planes_take_from_a_query_is_orthogonal_to_it_and_as_long_as_they_say(count: int) -> None:
+    rng = np.random.default_rng(count)
+    queries = (rng.standard_normal((4, 1024)) * [[1], [1e-30], [1e15], [0]]).astype(np.float32)
+    planes, scale, rests, lengths, peaks = coarse_planes(queries, count)
+    assert peaks.tolist() == [*np.abs(queries[:3]).max(1), 1]
+    bits = np.unpackbits(planes, axis=2, bitorder="little").astype(np.int64)
+    levels = 2 * (bits * (1 << np.arange(count))[:, None]).sum(1) - (1 << count) + 1
+    unit, coded = queries.astype(float) / peaks[:, None], scale[:, None].astype(float) * levels
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), lengths, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(unit - coded, axis=1), rests, rtol=1e-4)
+    assert (np.abs(((unit - coded) * unit).sum(1)) <= 1e-6 * lengths**2).all()
+
+
 @pytest.mark.parametrize("count", [64, 100, 1001])
 def test_peaks_of_groups_are_those_of_every_so_many(count: int) -> None:
-    values, num_groups = np.random.default_rng(count).standard_normal(count).astype(np.float32), count // 32
-    highest, lowest = np.empty(num_groups, np.float32), np.empty(num_groups, np.float32)
-    group_peaks(values, num_groups, highest, lowest)
-    groups = values[: num_groups * (count // num_groups)].reshape(-1, num_groups)
-    np.testing.assert_array_equal(highest, groups.max(0))
-    np.testing.assert_array_equal(lowest, groups.min(0))
+    values, num_groups = np.random.default_rng(count).standard_normal((3, count)).astype(np.float32), count // 32
+    highest, lowest = np.empty((3, num_groups), np.float32), np.empty((3, num_groups), np.float32)
+    group_peaks(values, highest, lowest)
+    groups = values[:, : num_groups * (count // num_groups)].reshape(3, -1, num_groups)
+    np.testing.assert_array_equal(highest, groups.max(1))
+    np.testing.assert_array_equal(lowest, groups.min(1))
 
 
 @pytest.mark.parametrize("room", [0, 3, 1000])
 @pytest.mark.parametrize("floor", [0.5, 2.0, 9.0])
 def test_places_that_reach_a_floor_are_found_as_far_as_there_is_room(floor: float, room: int) -> None:
     rng = np.random.default_rng(1)
-    estimates, lengths = (rng.standard_normal(777).astype(np.float32) for _ in range(2))
-    estimates[[5, 700]] = np.nan  # which reaches nothing
-    slack, high, low = np.float32(0.3), np.float32(floor), np.float32(floor / 2)
-    want = [place for place, (estimate, length) in enumerate(zip(estimates, lengths, strict=True))
-            if estimate + length * slack >= high or length * slack - estimate >= low]  # fmt: skip
-    out = np.full(room, -1)
-    assert reaching(estimates, lengths, slack, high, low, out) == min(len(want), room + 1)
-    assert out[: len(want)].tolist() == want[:room]
+    estimates, lengths = (rng.standard_normal(size).astype(np.float32) for size in ((2, 777), 777))
+    estimates[:, [5, 700]] = np.nan  # which reaches nothing
+    slack, high, low = (np.array(each, np.float32) for each in ((0.3, 0), (floor, floor), (floor / 2, 9)))
+    out, counts = np.full((2, room), -1), np.empty(2, np.int64)
+    reaching(estimates, lengths, slack, high, low, out, counts)
+    for query, own in enumerate(estimates):
+        widths = lengths * slack[query]
+        want = np.flatnonzero((own + widths >= high[query]) | (widths - own >= low[query])).tolist()
+        assert counts[query] == min(len(want), room + 1)
+        assert out[query, : len(want)].tolist() == want[:room]
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("kinds", [2, 7, 1000])  # of scores: many equal ones, or few
+def test_the_best_of_either_sign_are_those_of_a_sort(kinds: int, k: int) -> None:
+    rng = np.random.default_rng([kinds, k])
+    rows, scores = np.zeros((3, 2 * k), np.int64), np.zeros((3, 2 * k), np.float32)
+    counts, seen = np.zeros(3, np.int64), [dict[int, float]() for _ in range(3)]
+    for _ in range(6):
+        numbers, own = rng.permutation(3)[:2], rng.integers(0, 30, size=2)
+        new = [rng.choice(sorted(set(range(1000)) - seen[query].keys()), count, replace=False)
+               for query, count in zip(numbers, own, strict=True)]  # fmt: skip
+        values = [rng.integers(-kinds, kinds, size=count).astype(np.float32) for count in own]
+        for query, each, score in zip(numbers, new, values, strict=True):
+            each.sort()
+            seen[query] |= dict(zip(each.tolist(), score.tolist(), strict=True))
+        take_in(numbers, np.cumsum(own), np.concatenate(new), np.concatenate(values), rows, scores, counts)
+    for query, known in enumerate(seen):
+        best, worst = (sorted(known, key=lambda row, sign=sign: (sign * known[row], row))[:k] for sign in (-1, 1))
+        want = sorted({*best, *worst}, key=lambda row: (-known[row], row))
+        assert rows[query, : counts[query]].tolist() == want
+        assert scores[query, : counts[query]].tolist() == [known[row] for row in want]
 
 
 def test_where_no_cache_can_be_kept_a_loop_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

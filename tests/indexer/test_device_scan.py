@@ -182,6 +182,7 @@ def test_a_device_without_memory_for_a_slot_scans_it_block_by_block(caplog: pyte
         codes=lambda _: codes,
         factors=np.ones(count, np.float32),
         longest=float(np.linalg.norm(codes, axis=1).max()),
+        row_bytes=4 * width,
         kept=np.arange(count) >= count - block,
     )
     scan, (small, _) = DeviceScan(torch.device("cpu"), 2 * count * width * 4), rows_of(1, 64)
@@ -231,6 +232,7 @@ def test_a_gpu_without_memory_for_a_slot_scans_it_block_by_block(caplog: pytest.
         codes=lambda _: rows.codes(0),
         factors=np.ones(1 << 20, np.float32),
         longest=rows.longest,
+        row_bytes=rows.row_bytes,
         kept=np.arange(1 << 20) < 64,
     )
     total = torch.cuda.mem_get_info()[1]

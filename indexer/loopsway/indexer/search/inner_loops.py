@@ -80,9 +80,14 @@ def reaching(
     out: np.ndarray,
     counts: np.ndarray,
 ) -> None:
-    """Writes the places where an estimate [M, n], give or take length [n] x slack [M], reaches `high` or -`low` [M].
+    """Writes the places where an estimate, give or take length x slack, reaches a floor.
 
     Args:
+        estimates: float32 [M, n].
+        lengths: float32 [n].
+        slack: float32 [M].
+        high: floors of estimates, float32 [M].
+        low: floors of their negatives, float32 [M].
         out: int64 [M, c], of the places of each query, ascending.
         counts: int64 [M], how many there are; c + 1 if these are too many.
     """

@@ -27,7 +27,7 @@ class CoarsePlanes(NamedTuple):
 
     Attributes:
         planes: uint8 [M, P, W / 8].
-        scale: float32 [M], of cells: what coding took from a query, the rest, is orthogonal to scale times cells.
+        scale: float32 [M], of cells: what coding takes from a query, the rest, is then orthogonal to the query.
         rests: float64 [M], lengths of the rests.
         lengths: float64 [M], of queries.
         peaks: float32 [M], the largest magnitudes; 1 of zeros.
@@ -203,8 +203,8 @@ def _code_coarsely(
             level = 2 * cell + 1
             along += values[place] * over * level
             levels += level * level
-        by = np.float32(square / along) if along > 0 else np.float32(0)
-        scale[query], lengths[query] = by, math.sqrt(square)
+        scale[query] = square / along if along > 0 else 0.0
+        by, lengths[query] = np.float64(scale[query]), math.sqrt(square)
         rests[query] = math.sqrt(max(0.0, square - 2 * by * along + by * by * levels))
         _write_planes(cells, parts, planes[query])
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..config import SketchConfig
-from ..sketches.rotation import rotate
+from ..sketches.rotation import rotate_rows
 
 
 def checked_sketches(query_sketches: Any, width: int) -> tuple[np.ndarray, bool]:
@@ -36,8 +35,12 @@ def checked_sketches(query_sketches: Any, width: int) -> tuple[np.ndarray, bool]
 
 def query_vectors(sketches: np.ndarray, config: SketchConfig) -> np.ndarray:
     """Rotated sketches of each step and, last, of their sum: float32 [Q, T, W] gives [Q, T + 1, W]."""
-    rotated = rotate(torch.from_numpy(sketches), config.seed, config.rotations)
-    return torch.cat([rotated, rotated.sum(1, keepdim=True)], dim=1).numpy()
+    num_queries, num_steps, width = sketches.shape
+    vectors = np.empty((num_queries, num_steps + 1, width), np.float32)
+    for own, rotated in zip(sketches, vectors, strict=True):
+        rotate_rows(own, rotated[:-1], config.seed, config.rotations)
+        np.sum(rotated[:-1], axis=0, out=rotated[-1])
+    return vectors
 
 
 def chosen_steps(steps: Sequence[int] | None, count: int) -> list[int]:

@@ -108,9 +108,11 @@ def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, score: Score) -> li
 
 def scored(score: Score, asked: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
     """Exact scores, float64 [n], of the rows int64 [n] that go with each query by its number."""
+    if not asked:
+        return []
     counts = [len(rows) for _, rows in asked]
-    whose = np.repeat([query for query, _ in asked], counts)
-    return np.split(score(whose, np.concatenate([rows for _, rows in asked])), np.cumsum(counts)[:-1])
+    scores = score(np.repeat([query for query, _ in asked], counts), np.concatenate([rows for _, rows in asked]))
+    return np.split(scores, np.cumsum(counts)[:-1])
 
 
 def ranked(rows: np.ndarray, scores: np.ndarray) -> Answer:
@@ -222,7 +224,7 @@ def _taken(
     known = best.within(queries, stretch.rows)  # they were taken in when the query met fewer planes
     if not any(map(len, known)):
         known = _extremes(estimates, stretch.lengths, best.k + EXTRA)
-        best.add([(query, rows + start) for query, rows in zip(queries, known, strict=True)], score)
+        best.add([(query, rows + start) for query, rows in zip(queries.tolist(), known, strict=True)], score)
     for own, rows in zip(estimates, known, strict=True):
         own[rows] = np.nan  # which reaches nothing
     high, low = best.high[queries], best.low[queries]
@@ -265,8 +267,8 @@ class _Best:
         self.high, self.low = (np.full(len(peaks), POSITIVE, np.float32) for _ in range(2))
 
     def answers(self) -> list[Answer]:
-        return [(rows[:count], scores[:count])
-                for rows, scores, count in zip(self._rows, self._scores, self._counts.tolist(), strict=True)]  # fmt: skip
+        each = zip(self._rows, self._scores, self._counts, strict=True)
+        return [(rows[:count], scores[:count]) for rows, scores, count in each]
 
     def within(self, queries: np.ndarray, rows: range) -> list[np.ndarray]:
         """The best rows of some queries that are among some rows, by their places there."""

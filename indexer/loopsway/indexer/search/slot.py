@@ -9,7 +9,7 @@ By default every code is read (scan.py, or device_scan.py); an approximate searc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
