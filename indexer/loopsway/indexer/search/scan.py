@@ -221,10 +221,11 @@ def _taken(
         score: scores rows exactly.
     """
     estimates, start = stretch.estimates(coded), stretch.rows.start
+    numbers: list[int] = queries.tolist()
     known = best.within(queries, stretch.rows)  # they were taken in when the query met fewer planes
     if not any(map(len, known)):
         known = _extremes(estimates, stretch.lengths, best.k + EXTRA)
-        best.add([(query, rows + start) for query, rows in zip(queries.tolist(), known, strict=True)], score)
+        best.add([(query, rows + start) for query, rows in zip(numbers, known, strict=True)], score)
     for own, rows in zip(estimates, known, strict=True):
         own[rows] = np.nan  # which reaches nothing
     high, low = best.high[queries], best.low[queries]
@@ -233,14 +234,14 @@ def _taken(
     def above(query: int, rows: np.ndarray) -> np.ndarray:
         """By how much a row may exceed a floor; below 0 it can't reach any."""
         widths, own = stretch.lengths[rows] * coded.slack[query], estimates[query, rows]
-        return np.maximum(own + widths - best.high[queries[query]], widths - own - best.low[queries[query]])
+        return np.maximum(own + widths - best.high[numbers[query]], widths - own - best.low[numbers[query]])
 
     left = {}
     for query, rows in enumerate(reach):
         if len(rows) and not are_too_many[query]:
             left[query] = rows if len(rows) <= BATCH else rows[np.argsort(-above(query, rows))]
     while left:  # rows of all queries are scored together
-        best.add([(queries[query], np.sort(rows[:BATCH]) + start) for query, rows in left.items()], score)
+        best.add([(numbers[query], np.sort(rows[:BATCH]) + start) for query, rows in left.items()], score)
         left = {query: rows[BATCH:] for query, rows in left.items() if len(rows) > BATCH}
         left = {query: rows[above(query, rows) >= 0] for query, rows in left.items()}
         left = {query: rows for query, rows in left.items() if len(rows)}
