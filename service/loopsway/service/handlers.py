@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 
+MOST_HANDLERS = 128  # that an interceptor keeps: a server has one for each method
+
 Around = Callable[[Any], AbstractAsyncContextManager[None]]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -81,45 +82,75 @@ def check_limits(message: Message, settings: Settings, field: str = "") -> None:
     Raises:
         InvalidFieldError: names the field, its size, and the limit.
     """
-    for descriptor, limit in _limited(message.DESCRIPTOR):
-        value, where = getattr(message, descriptor.name), f"{field}.{descriptor.name}".removeprefix(".")
-        if not descriptor.is_repeated:
-            _check_one(descriptor, value, limit, message, settings, where)
+    for each in _limited(message.DESCRIPTOR):
+        value = getattr(message, each.name)
+        if not each.is_repeated:
+            _check_one(each, value, message, settings, field)
             continue
-        most = _number(limit.count if limit else None, settings)
+        most = _number(each.limit.count, settings)
         if most is not None and len(value) > most:
-            raise InvalidFieldError(f"{len(value)} {descriptor.name}, expected at most {most}", field=where)
-        if descriptor.type not in _NUMBERS:
-            for i, each in enumerate(value):
-                _check_one(descriptor, each, limit, message, settings, f"{where}[{i}]")
+            where = _within(field, each.name)
+            raise InvalidFieldError(f"{len(value)} {each.name}, expected at most {most}", field=where)
+        if each.holds_more:
+            for i, one in enumerate(value):
+                _check_one(each, one, None, settings, field, f"[{i}]")
 
 
-_TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
-_NUMBERS = frozenset(range(1, 19)) - {*_TEXT, FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_GROUP}
+@dataclass(frozen=True, kw_only=True)
+class _Field:
+    """A field that can hold too much, itself or within, and its limit.
+
+    Attributes:
+        holds_more: text, bytes, or a message.
+        is_message: the last of these.
+    """
+
+    name: str
+    limit: Limit
+    is_repeated: bool
+    holds_more: bool
+    is_message: bool
 
 
 def _check_one(
-    descriptor: FieldDescriptor, value: object, limit: Limit | None, parent: Message, settings: Settings, where: str
+    own: _Field, value: Any, parent: Message | None, settings: Settings, field: str, place: str = ""
 ) -> None:
-    if isinstance(value, Message):
-        if descriptor.is_repeated or parent.HasField(descriptor.name):
-            check_limits(value, settings, where)
+    """Looks at a value of a field; of one that is not repeated `parent` tells whether it is there."""
+    if own.is_message:
+        if parent is None or parent.HasField(own.name):
+            check_limits(value, settings, _within(field, own.name) + place)
         return
-    most = _number(limit.length if limit else None, settings)
-    if isinstance(value, str | bytes) and most is not None and len(value) > most:
-        unit = "characters" if isinstance(value, str) else "bytes"
+    most = _number(own.limit.length, settings)
+    if most is not None and len(value) > most:
+        unit, where = "characters" if isinstance(value, str) else "bytes", _within(field, own.name) + place
         raise InvalidFieldError(f"{where} has {len(value)} {unit}, expected at most {most}", field=where)
 
 
+def _within(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
+
+
+_TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+_MESSAGES = (FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_GROUP)
+
+
 @cache
-def _limited(message: Descriptor) -> tuple[tuple[FieldDescriptor, Limit | None], ...]:
+def _limited(message: Descriptor) -> tuple[_Field, ...]:
     """The fields that can hold too much, themselves or within."""
-    limits = ((field, LIMITS.get(name_of(field))) for field in message.fields)
-    return tuple(
-        (field, limit)
-        for field, limit in limits
-        if limit is not WHOLE_MESSAGE and (field.is_repeated or field.type not in _NUMBERS)
-    )
+    fields = []
+    for field in message.fields:
+        limit, holds_more = LIMITS.get(name_of(field), Limit()), field.type in (*_TEXT, *_MESSAGES)
+        if limit is not WHOLE_MESSAGE and (field.is_repeated or holds_more):
+            fields.append(
+                _Field(
+                    name=field.name,
+                    limit=limit,
+                    is_repeated=field.is_repeated,
+                    holds_more=holds_more,
+                    is_message=field.type in _MESSAGES,
+                )
+            )
+    return tuple(fields)
 
 
 def name_of(field: FieldDescriptor) -> str:

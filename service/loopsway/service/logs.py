@@ -22,6 +22,8 @@ def configure_logs(log_format: LogFormat, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # No line tells these, and looking them up takes a third of making a record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("loopsway").setLevel(level.upper())
 
 

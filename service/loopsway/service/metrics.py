@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
@@ -48,28 +49,41 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.in_flight = Gauge("loopsway_requests_in_flight", "Requests that run or wait.", registry=registry)
         labels = ("index", "method", "code")
-        self._requests = Counter("loopsway_requests", "Requests that came to their end.", labels, registry=registry)
-        self._seconds = Histogram(
-            "loopsway_request_seconds", "From a request's arrival to its encoded answer.", labels,
-            buckets=BUCKETS, registry=registry,
-        )  # fmt: skip
-        self._parts = Histogram(
-            "loopsway_part_seconds",
-            "Parts of requests: waiting (queue), the model (sketch), the index (search), making the answer (encode).",
-            ("index", "method", "part"), buckets=BUCKETS, registry=registry,
-        )  # fmt: skip
-        self._batches = Counter(
-            "loopsway_batches", "Batches of StreamInfluences that came to their end.", ("index", "code"),
-            registry=registry,
-        )  # fmt: skip
-        self._queries = Counter(
-            "loopsway_queries", "Queries, or examples that were asked about.", ("index", "method"), registry=registry
+        # Each gives what counts for its labels, which is looked up but once.
+        self._requests = cache(
+            Counter("loopsway_requests", "Requests that came to their end.", labels, registry=registry).labels
         )
-        self._request_bytes = Counter(
-            "loopsway_request_bytes", "Bytes of requests' messages.", ("method",), registry=registry
+        self._seconds = cache(
+            Histogram(
+                "loopsway_request_seconds", "From a request's arrival to its encoded answer.", labels,
+                buckets=BUCKETS, registry=registry,
+            ).labels
+        )  # fmt: skip
+        self._parts = cache(
+            Histogram(
+                "loopsway_part_seconds",
+                "Parts of requests: waiting (queue), the model (sketch), the index (search), making the answer "
+                "(encode).",
+                ("index", "method", "part"), buckets=BUCKETS, registry=registry,
+            ).labels
+        )  # fmt: skip
+        self._batches = cache(
+            Counter(
+                "loopsway_batches", "Batches of StreamInfluences that came to their end.", ("index", "code"),
+                registry=registry,
+            ).labels
+        )  # fmt: skip
+        self._queries = cache(
+            Counter(
+                "loopsway_queries", "Queries, or examples that were asked about.", ("index", "method"),
+                registry=registry,
+            ).labels
+        )  # fmt: skip
+        self._request_bytes = cache(
+            Counter("loopsway_request_bytes", "Bytes of requests' messages.", ("method",), registry=registry).labels
         )
-        self._response_bytes = Counter(
-            "loopsway_response_bytes", "Bytes of answers' messages.", ("method",), registry=registry
+        self._response_bytes = cache(
+            Counter("loopsway_response_bytes", "Bytes of answers' messages.", ("method",), registry=registry).labels
         )
         registry.register(_State(catalog))
         for kind in (ProcessCollector, PlatformCollector, GCCollector):
@@ -77,19 +91,19 @@ class Metrics:
         self._http: WSGIServer | None = None
 
     def part(self, record: Record, name: PartName, seconds: float) -> None:
-        self._parts.labels(record.index, record.method, name).observe(seconds)
+        self._parts(record.index, record.method, name).observe(seconds)
 
     def batch(self, record: Record) -> None:
-        self._batches.labels(record.index, record.code).inc()
-        self._queries.labels(record.index, record.method).inc(record.num_queries)
+        self._batches(record.index, record.code).inc()
+        self._queries(record.index, record.method).inc(record.num_queries)
 
     def end(self, record: Record, seconds: float) -> None:
-        self._requests.labels(record.index, record.method, record.code).inc()
-        self._seconds.labels(record.index, record.method, record.code).observe(seconds)
+        self._requests(record.index, record.method, record.code).inc()
+        self._seconds(record.index, record.method, record.code).observe(seconds)
         if not record.num_batches:  # whose queries were counted with them
-            self._queries.labels(record.index, record.method).inc(record.num_queries)
-        self._request_bytes.labels(record.method).inc(record.request_bytes)
-        self._response_bytes.labels(record.method).inc(record.response_bytes)
+            self._queries(record.index, record.method).inc(record.num_queries)
+        self._request_bytes(record.method).inc(record.request_bytes)
+        self._response_bytes(record.method).inc(record.response_bytes)
 
     def listen(self, host: str, port: int) -> int:
         """Answers `GET /metrics` in a thread from now on; gives the port.

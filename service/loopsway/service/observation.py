@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
 from .authentication import ATTRIBUTION, SCOPES
-from .handlers import wrapped
+from .handlers import MOST_HANDLERS, wrapped
 from .metrics import Metrics
 from .record import RECORD, PartName, Record, part, request_id_from
 from .refusals import code_after_abort, code_of_cancelled
@@ -40,6 +41,7 @@ class Observation(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics, tracing: Tracing | None) -> None:
         self._metrics, self._tracing = metrics, tracing
+        self._observing = lru_cache(MOST_HANDLERS)(self._observing_anew)
 
     async def intercept_service(
         self,
@@ -53,6 +55,7 @@ class Observation(grpc.aio.ServerInterceptor):
         record = Record(
             method=details.method.removeprefix(ATTRIBUTION).removeprefix("/") if known else "other",
             request_id=request_id_from(metadata.get(REQUEST_ID)),
+            metadata=metadata,
             on_part=self._on_part,
             on_batch=self._metrics.batch,
         )
@@ -62,21 +65,21 @@ class Observation(grpc.aio.ServerInterceptor):
             record.code = grpc.StatusCode.UNIMPLEMENTED.name
             self._end(record)
             return None
-        is_watched = SCOPES.get(details.method) == "open"  # by probes, every few seconds
-        return wrapped(
-            handler,
-            lambda context: self._observed(record, context, metadata, is_watched),
-            serializer=_noting(record, handler.response_serializer),
-        )
+        return self._observing(handler, SCOPES.get(details.method) == "open")
+
+    def _observing_anew(self, handler: Any, is_watched: bool) -> Any:
+        """A handler that is observed; others are watched by probes, every few seconds."""
+        around = partial(self._observed, is_watched=is_watched)
+        return wrapped(handler, around, serializer=_noting(handler.response_serializer))
 
     @asynccontextmanager
-    async def _observed(
-        self, record: Record, context: Any, metadata: dict[str, str], is_watched: bool
-    ) -> AsyncIterator[None]:
+    async def _observed(self, context: Any, *, is_watched: bool) -> AsyncIterator[None]:
+        record = RECORD.get()
+        assert record is not None, "it was set for this task, when the handler was looked up"
         # Not as initial metadata: a call whose headers were sent is never tried again by the client's gRPC.
         context.set_trailing_metadata(((REQUEST_ID, record.request_id),))
         if self._tracing is not None and not is_watched:
-            record.span = self._tracing.begin(record, metadata)
+            record.span = self._tracing.begin(record, record.metadata)
         self._metrics.in_flight.inc()
 
         def end(_: Any) -> None:  # once the answer is encoded
@@ -121,11 +124,14 @@ class Observation(grpc.aio.ServerInterceptor):
             "seconds": round(seconds, 6),
             **{f"{name}_seconds": round(taken, 6) for name, taken in record.seconds.items()},
         }
-        given = {key: value for key, value in fields.items() if value not in (None, "")}
-        _log.log(level, "%s %s", record.method, record.code, extra={"fields": given})
+        if _log.isEnabledFor(level):
+            # `Logger.log` would look for the file and line that it is called from, which takes longer than the rest.
+            line = logging.LogRecord(_log.name, level, __file__, 0, "%s %s", (record.method, record.code), None)
+            line.fields = {key: value for key, value in fields.items() if value not in (None, "")}
+            _log.handle(line)
 
 
-def _noting(record: Record, serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
+def _noting(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
     """A serializer that notes time and size."""
     if serialize is None:
         return None
@@ -133,7 +139,8 @@ def _noting(record: Record, serialize: Callable[[Any], bytes] | None) -> Callabl
     def serialized(message: Any) -> bytes:
         with part("encode"):
             data = serialize(message)
-        record.response_bytes += len(data)
+        if (record := RECORD.get()) is not None:
+            record.response_bytes += len(data)
         return data
 
     return serialized

@@ -43,7 +43,7 @@ class RankingQuestion:
         """The ranking of each query."""
         rankings: dict[int, Ranking] = {}
         for rows in _by_steps(queries):
-            sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
+            sketches = _stacked([queries[row] for row in rows])
             # Each field was checked before it came here: what is left is steps that the query doesn't have.
             with _refusing("steps" if self.steps else "resolve"):
                 found = index.search(
@@ -128,7 +128,7 @@ def trajectories(
         )
     results: dict[int, Measured] = {}
     for rows in groups:
-        sketches = np.stack([queries[row].sketch for row in rows])  # [Q, S, W]
+        sketches = _stacked([queries[row] for row in rows])
         with _refusing("steps" if steps else "resolve"):
             influences, errors = _measured(index, sketches, example_ids, resolve, steps, go_on)
         results |= zip(rows, zip(influences, errors, strict=True), strict=True)
@@ -140,7 +140,7 @@ def curves(index: Index, answer: Influences, num_steps: int, resolve: Resolve, g
     """Of all examples in the answer's rankings."""
     example_ids = answer.example_ids
     if example_ids:
-        influences, errors = _measured(index, np.stack([answer.query.sketch]), example_ids, resolve, None, go_on)
+        influences, errors = _measured(index, _stacked([answer.query]), example_ids, resolve, None, go_on)
     else:
         influences = errors = np.zeros((1, 0, num_steps), np.float32)
     return Curves(example_ids=example_ids, influences=influences[0], standard_errors=errors[0])
@@ -179,6 +179,11 @@ def _refusing(field: str) -> Iterator[None]:
         raise InvalidFieldError(str(error), field="where") from error
     except ValueError as error:
         raise InvalidFieldError(str(error), field=field) from error
+
+
+def _stacked(queries: Sequence[ResolvedQuery]) -> NDArray[np.float32]:
+    """Sketches of queries with equal numbers of steps, [Q, S, W]; of one without a copy."""
+    return queries[0].sketch[None] if len(queries) == 1 else np.stack([query.sketch for query in queries])
 
 
 def _by_steps(queries: Sequence[ResolvedQuery]) -> list[list[int]]:

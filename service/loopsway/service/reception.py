@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import grpc
@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from .errors import InvalidFieldError, RequestError
-from .handlers import wrapped
+from .handlers import MOST_HANDLERS, wrapped
 from .limits import check_limits
 from .record import RECORD
 from .refusals import refuse, refuse_as_internal
@@ -30,6 +30,7 @@ class Reception(grpc.aio.ServerInterceptor):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._receiving = lru_cache(MOST_HANDLERS)(self._receiving_anew)
 
     async def intercept_service(
         self,
@@ -39,6 +40,9 @@ class Reception(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler
+        return self._receiving(handler)
+
+    def _receiving_anew(self, handler: Any) -> Any:
         receive = self._messages if handler.request_streaming else self._message
         return wrapped(handler, _refusing, received=partial(receive, parse=handler.request_deserializer))
 

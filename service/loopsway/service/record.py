@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ class Record:
         request_id: the caller's, or made here.
         on_part: is told each part with its beginning and end, by `time.monotonic_ns()`.
         on_batch: is told each batch of a stream at its end.
+        metadata: that the caller sent, as far as it is text.
         index: that it is answered from, by its own name and not the caller's; "" where it came to none, or a stream's
             batches came to several.
         token: the name of the caller's token; "" for none.
@@ -49,6 +50,7 @@ class Record:
     request_id: str
     on_part: OnPart
     on_batch: OnBatch
+    metadata: Mapping[str, str] = field(default_factory=dict)
     index: str = ""
     token: str = ""
     num_queries: int = 0

@@ -299,10 +299,11 @@ class Index(IndexContents):
     ) -> tuple[dict[Pair, list[_Candidates]], Coverage]:
         """Each pair's candidates for each query; one scan for a slot."""
         found, mine = {}, {pair.slot: list[Pair]() for pair in wanted}
-        for pair in sorted(wanted, key=lambda pair: pair.query):
+        by_vector = vectors.swapaxes(0, 1)  # [T + 1, Q, W]
+        for pair in sorted(wanted, key=lambda pair: pair.query % len(by_vector)):
             mine[pair.slot].append(pair)
         asked = {  # [pairs * Q, W] of each slot
-            slot: np.concatenate([vectors[:, pair.query] for pair in own]) for slot, own in mine.items()
+            slot: _taken(by_vector, [pair.query for pair in own]).reshape(-1, self.width) for slot, own in mine.items()
         }
         ranked, coverages = dict[int | None, Any](), list[Coverage]()
         # Shards are asked for all slots at once; one reading can end between two.
@@ -344,6 +345,12 @@ class Index(IndexContents):
 
     def _errors(self, influences: np.ndarray, norms: np.ndarray, query_norms: Any) -> np.ndarray:
         return standard_errors(influences, norms, query_norms, width=self.width, bits=self.bits)
+
+
+def _taken(arrays: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """Some of several arrays; all of them, in their order, without a copy."""
+    every = [place % len(arrays) for place in places] == list(range(len(arrays)))
+    return arrays if every else arrays[list(places)]
 
 
 def _signs(rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int) -> tuple[_Candidates, _Candidates]:
