@@ -36,7 +36,8 @@ EXTRA = 16  # rows beyond k that are scored for a first floor
 BATCH = 2048  # rows that are scored until floors rise again
 TOO_MANY = 1 / 32  # of a stretch, and more than a batch: rows that reach a floor
 GROUP = 32
-FEW = 32 << 20  # bytes, for one thread
+FEW = 32 << 20  # bytes of codes that meet one query, for one thread: some 0.8 ms
+COMPARING = 3  # times what a byte of codes takes, for one of estimates
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
 
 # Of queries, by their numbers int64 [n] in groups, and a row for each, int64 [n]: the exact scores, float64 [n].
@@ -95,14 +96,14 @@ def scan(queries: np.ndarray, bits: int, rows: Rows, k: int, score: Score) -> li
         For each query at most 2 k rows, among them the answer: of equal scores the first rows, also of the smallest.
     """
     rows, coded = rows.only_kept(), code_queries(queries, bits)
-    best, every = _Best(coded.peaks, k), np.arange(len(queries))
+    best, every = _Best(coded.peaks, min(k, len(rows.factors))), np.arange(len(queries))
     for blocks in _stretches(rows.blocks, len(queries)):
         stretch = _Stretch(rows, blocks)
         most = max(BATCH, int(TOO_MANY * len(stretch.rows))) if bits == 1 else len(stretch.rows)
         waiting = _taken(stretch, coded, every, best, most, score)
         if len(waiting):
             more = code_queries(queries[waiting], bits, MORE_PLANES)
-            _taken(stretch, more, waiting, best, len(stretch.rows), score)
+            _taken(stretch, more, waiting, best, len(stretch.rows), score, again=True)
     return best.answers()
 
 
@@ -128,7 +129,7 @@ def in_threads(function: Callable[[_T], _R], items: Iterable[_T], *, size: int =
     Args:
         function: what to do.
         items: with what.
-        size: bytes that it reads in all: few are read sooner than another thread is woken.
+        size: bytes of codes that meet a query in all, or as much work: little is done sooner than a thread is woken.
     """
     items, count = list(items), torch.get_num_threads()
     if len(items) == 1 or count == 1 or size < FEW:
@@ -208,7 +209,14 @@ def _estimate(coded: CodedQueries, rows: Rows, block: int, out: np.ndarray) -> N
 
 
 def _taken(
-    stretch: _Stretch, coded: CodedQueries, queries: np.ndarray, best: _Best, most: int, score: Score
+    stretch: _Stretch,
+    coded: CodedQueries,
+    queries: np.ndarray,
+    best: _Best,
+    most: int,
+    score: Score,
+    *,
+    again: bool = False,
 ) -> np.ndarray:
     """Takes in a stretch for some queries; gives those for which more than `most` rows reach a floor, which did not.
 
@@ -219,11 +227,13 @@ def _taken(
         best: the best rows of all queries.
         most: rows that may reach a floor.
         score: scores rows exactly.
+        again: whether some rows were taken in already, when the queries met fewer planes.
     """
     estimates, start = stretch.estimates(coded), stretch.rows.start
     numbers: list[int] = queries.tolist()
-    known = best.within(queries, stretch.rows)  # they were taken in when the query met fewer planes
-    if not any(map(len, known)):
+    if again:
+        known = best.within(numbers, stretch.rows)
+    else:
         known = _extremes(estimates, stretch.lengths, best.k + EXTRA)
         best.add([(query, rows + start) for query, rows in zip(numbers, known, strict=True)], score)
     for own, rows in zip(estimates, known, strict=True):
@@ -257,8 +267,8 @@ class _Best:
 
     Attributes:
         k: the same.
-        high: float32 [M]; an estimate below it is not of one of the k largest.
-        low: float32 [M]; nor one whose negative is below it of one of the k smallest.
+        high: float32 [M]; what can't reach it is not among the k largest.
+        low: float32 [M]; nor that whose negative can't reach this among the k smallest.
     """
 
     def __init__(self, peaks: np.ndarray, k: int) -> None:
@@ -271,7 +281,7 @@ class _Best:
         each = zip(self._rows, self._scores, self._counts, strict=True)
         return [(rows[:count], scores[:count]) for rows, scores, count in each]
 
-    def within(self, queries: np.ndarray, rows: range) -> list[np.ndarray]:
+    def within(self, queries: Sequence[int], rows: range) -> list[np.ndarray]:
         """The best rows of some queries that are among some rows, by their places there."""
         answers = self.answers()
         places = [answers[query][0] - rows.start for query in queries]
@@ -303,16 +313,21 @@ def _extremes(estimates: np.ndarray, lengths: np.ndarray, count: int) -> list[np
         lengths: of the rows, [n].
         count: of each sign.
     """
-    highest, lowest = estimates, estimates
+    high, low = np.empty(len(estimates), np.float32), np.empty(len(estimates), np.float32)
     num_groups = estimates.shape[1] // GROUP
-    if num_groups > 4 * count:  # the peaks of groups are much fewer: the count-th of them will do
-        highest, lowest = (np.empty((len(estimates), num_groups), np.float32) for _ in range(2))
-        in_shares(lambda own: group_peaks(estimates[own], highest[own], lowest[own]), 0, len(estimates),
-                  size=estimates.nbytes)  # fmt: skip
-    place = max(0, highest.shape[1] - count)
-    high, low = (
-        np.maximum(np.partition(peaks, place, axis=1)[:, place], np.float32(POSITIVE)) for peaks in (highest, -lowest)
-    )
+
+    def find(own: slice) -> None:
+        highest = lowest = estimates[own]
+        if num_groups > 4 * count:  # the peaks of groups are much fewer: the count-th of them will do
+            highest, lowest = (np.empty((len(highest), num_groups), np.float32) for _ in range(2))
+            group_peaks(estimates[own], highest, lowest)
+        place = min(count, highest.shape[1]) - 1
+        for query, peaks, lows in zip(range(own.start, own.stop), highest, lowest, strict=True):
+            high[query], low[query] = -np.partition(-peaks, place)[place], -np.partition(lows, place)[place]
+
+    in_shares(find, 0, len(estimates), size=COMPARING * estimates.nbytes)
+    np.maximum(high, POSITIVE, out=high)
+    np.maximum(low, POSITIVE, out=low)
     # Of equal ones any will do.
     return _reached(estimates, lengths, np.zeros(len(estimates), np.float32), high, low, 8 * count)[0]
 
@@ -336,5 +351,5 @@ def _reached(
     def find(own: slice) -> None:
         reaching(estimates[own], lengths, slack[own], high[own], low[own], places[own], counts[own])
 
-    in_shares(find, 0, len(estimates), size=estimates.nbytes)
+    in_shares(find, 0, len(estimates), size=COMPARING * estimates.nbytes)
     return [own[:count] for own, count in zip(places, counts, strict=True)], counts > places.shape[1]
