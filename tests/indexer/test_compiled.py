@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loopsway.indexer.compiled import compiled
-from loopsway.indexer.search.inner_loops import group_peaks, reaching, rescale, round_to_bfloat16, take_in
+from loopsway.indexer.search.inner_loops import group_peaks, reaching, rescale, round_to_bfloat16, strongest, take_in
 from loopsway.indexer.search.planes import (
     EXACT,
     bit_planes,
@@ -136,6 +136,22 @@ def test_the_best_of_either_sign_are_those_of_a_sort(kinds: int, k: int) -> None
         want = sorted({*best, *worst}, key=lambda row: (-known[row], row))
         assert rows[query, : counts[query]].tolist() == want
         assert scores[query, : counts[query]].tolist() == [known[row] for row in want]
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("kinds", [2, 7, 1000])
+def test_the_strongest_of_each_query_are_those_of_a_sort(kinds: int, k: int) -> None:
+    rng = np.random.default_rng([kinds, k])
+    scores = [-np.sort(rng.integers(-kinds, kinds, size=count)).astype(np.float32) for count in (0, 30, 1, 70)]
+    starts, ends = np.cumsum([0, 0, 30, 1]), np.cumsum([0, 30, 1, 70])
+    places, counts = np.empty(101, np.int64), np.empty((4, 2), np.int64)
+    strongest(np.concatenate(scores), ends, k, places, counts)
+    found = [each.tolist() for each in np.split(places, np.cumsum(counts))[:-1]]
+    for query, own in enumerate(scores):
+        for sign in (1, -1):
+            live = [place for place in range(len(own)) if sign * own[place] > 0]
+            want = sorted(live, key=lambda place, own=own, sign=sign: (-sign * own[place], place))[:k]
+            assert found.pop(0) == [place + starts[query] for place in want]
 
 
 def test_where_no_cache_can_be_kept_a_loop_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
-from itertools import islice
+from itertools import islice, pairwise
 from operator import and_
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from ..sketches.gradient_sketcher import GradientSketcher
 from .contents import IndexContents
 from .device_scan import DeviceScan, device_scan
 from .filters import matching_rows
+from .inner_loops import strongest
 from .queries import checked_sketches, chosen_steps, query_vectors
 from .ranking import TOTAL, Influencers, Pair, Ranked, Ranking, Scores, pairs, slot_name
 from .reading import Efforts
@@ -29,7 +30,7 @@ from .sharded import Coverage, LocalShards, ShardedReader
 from .slot import inner_products
 
 TrajectoryResolve = Resolve | Literal["step_matrix"]
-_Candidates = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, influences, standard errors
+_Side = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, influences, standard errors; the strongest first
 
 
 def open_index(
@@ -155,7 +156,7 @@ class Index(IndexContents):
         in_order = [(None, Pair(None, TOTAL)), *((step, wanted[step]) for step in chosen)]
         rankings = list[Ranking]()
         for query in range(len(sketches)):
-            total, *each_step = self._influencers([(step, found[pair][query]) for step, pair in in_order], k)
+            total, *each_step = self._influencers([(step, found[pair][query]) for step, pair in in_order])
             rankings.append(
                 Ranking(
                     total=total,
@@ -296,8 +297,8 @@ class Index(IndexContents):
         efforts: Efforts | None,
         deadline: float | None,
         go_on: Callable[[], object] | None,
-    ) -> tuple[dict[Pair, list[_Candidates]], Coverage]:
-        """Each pair's candidates for each query; one scan for a slot."""
+    ) -> tuple[dict[Pair, list[tuple[_Side, _Side]]], Coverage]:
+        """Each pair's proponents and opponents for each query; one scan for a slot."""
         found, mine = {}, {pair.slot: list[Pair]() for pair in wanted}
         by_vector = vectors.swapaxes(0, 1)  # [T + 1, Q, W]
         for pair in sorted(wanted, key=lambda pair: pair.query % len(by_vector)):
@@ -314,14 +315,13 @@ class Index(IndexContents):
             ranked |= of_part
             coverages.append(coverage)
         for slot, queries in asked.items():
-            rows, scores = zip(*ranked[slot], strict=True)
-            counts = [len(each) for each in rows]
+            counts = [len(rows) for rows, _ in ranked[slot]]
+            rows, scores = (np.concatenate(each) for each in zip(*ranked[slot], strict=True))
             query_norms = np.repeat(np.linalg.norm(queries, axis=1), counts)
-            of_rows = self.codes.norms_of(slot, np.concatenate(rows))
-            errors = np.split(self._errors(np.concatenate(scores), of_rows, query_norms), np.cumsum(counts)[:-1])
-            answers = list(zip(rows, scores, errors, strict=True))
+            errors = self._errors(scores, self.codes.norms_of(slot, rows), query_norms)
+            sides = _sides((rows, scores, errors), np.cumsum(counts), k)
             for place, pair in enumerate(mine[slot]):
-                found[pair] = answers[place * len(vectors) : (place + 1) * len(vectors)]
+                found[pair] = sides[place * len(vectors) : (place + 1) * len(vectors)]
         return found, reduce(and_, coverages)
 
     def _efforts(self, slot: int | None) -> list[int]:
@@ -331,9 +331,9 @@ class Index(IndexContents):
     def _least_recall(self, slots: set[int | None]) -> float:
         return min(each["by_slot"][slot_name(slot)] for each in self._recalls for slot in slots)
 
-    def _influencers(self, found: Sequence[tuple[int | None, _Candidates]], k: int) -> list[Influencers]:
-        """Of each step, the k strongest of its candidates; one look at the ids for all of them."""
-        sides = [side for _, candidates in found for side in _signs(*candidates, k)]
+    def _influencers(self, found: Sequence[tuple[int | None, tuple[_Side, _Side]]]) -> list[Influencers]:
+        """Of each step; one look at the ids for all of them."""
+        sides = [side for _, both in found for side in both]
         ids = iter(self.ids_in(np.concatenate([rows for rows, _, _ in sides])))
         ranked = iter(
             [
@@ -353,9 +353,17 @@ def _taken(arrays: np.ndarray, places: Sequence[int]) -> np.ndarray:
     return arrays if every else arrays[list(places)]
 
 
-def _signs(rows: np.ndarray, scores: np.ndarray, errors: np.ndarray, k: int) -> tuple[_Candidates, _Candidates]:
-    """The k strongest above zero and below it, of candidates from the largest score to the smallest, then by row."""
-    best = np.flatnonzero(scores > 0)[:k]
-    worst = np.flatnonzero(scores < 0)
-    worst = worst[np.lexsort((rows[worst], scores[worst]))][:k]
-    return (rows[best], scores[best], errors[best]), (rows[worst], scores[worst], errors[worst])
+def _sides(candidates: _Side, ends: np.ndarray, k: int) -> list[tuple[_Side, _Side]]:
+    """The k strongest above zero and below it of each query.
+
+    Args:
+        candidates: from the largest score to the smallest, then by row, of one query after another.
+        ends: where those of each query end.
+        k: of each side.
+    """
+    places, counts = np.empty(len(candidates[1]), np.int64), np.empty((len(ends), 2), np.int64)
+    strongest(candidates[1], ends, k, places, counts)
+    edges = [0, *np.cumsum(counts).tolist()]
+    rows, scores, errors = (column[places[: edges[-1]]] for column in candidates)
+    sides = [(rows[begin:end], scores[begin:end], errors[begin:end]) for begin, end in pairwise(edges)]
+    return list(zip(sides[::2], sides[1::2], strict=True))

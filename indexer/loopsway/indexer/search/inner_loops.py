@@ -164,3 +164,34 @@ def take_in(
                 known_rows[count], known_scores[count] = all_rows[at], all_scores[at]
                 count += 1
         counts[query], begin = count, end
+
+
+@compiled
+def strongest(scores: np.ndarray, ends: np.ndarray, k: int, places: np.ndarray, counts: np.ndarray) -> None:
+    """Writes the places of the k rows of largest score above zero, and of smallest below it, of each query.
+
+    Args:
+        scores: float32 [n], of one query's rows after another's, from the largest to the smallest; equal ones by row.
+        ends: where those of each query end, int64 [M].
+        k: rows of each sign.
+        places: int64 [n], of the largest and then the smallest of each query, the strongest first; equal ones by row.
+        counts: int64 [M, 2], how many of each.
+    """
+    begin = written = 0
+    for query in range(len(ends)):
+        end, before = ends[query], written
+        for place in range(begin, min(end, begin + k)):
+            if scores[place] > 0:
+                places[written] = place
+                written += 1
+        counts[query, 0], before = written - before, written
+        stop = end
+        while stop > begin and scores[stop - 1] < 0 and written - before < k:
+            first = stop - 1  # of those that are equal to the last
+            while first > begin and scores[first - 1] == scores[first]:
+                first -= 1
+            for place in range(first, min(stop, first + k - (written - before))):
+                places[written] = place
+                written += 1
+            stop = first
+        counts[query, 1], begin = written - before, end
