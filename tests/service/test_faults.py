@@ -30,7 +30,7 @@ from loopsway.indexer.search.sharded import LocalShards, Method, ShardedReader
 from loopsway.indexer.sketches.weights import size_of
 from loopsway.service import Settings, stretches
 from loopsway.service.frames import encoded
-from loopsway.service.worker import OF_PROCESS
+from loopsway.service.model_life import OF_PROCESS
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
 from serving import QUERIES, TASK_SPEC, Served, assert_alike, wait_for

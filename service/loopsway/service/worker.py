@@ -8,34 +8,24 @@ process can't load is tried again with a query for it, with such pauses too. Sea
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
 
-import numpy as np
-
-from loopsway.indexer import LoadError, TaskError
+from loopsway.indexer import LoadError
 
 from .errors import UnavailableError
-from .frames import LENGTH, Message, decoded, encoded
+from .frames import Message
 from .gradient_sketches import ModelSketch
+from .model_life import Life, Reply
 from .settings import Settings
 
 # Before the second start and the later ones, the first being at once; and before what failed to load is tried again.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-END_S = 5.0  # that a process gets to end by itself
-OF_PROCESS = {"model_bytes", "model_threads", "max_json_depth", "log_format", "log_level"}  # of the settings
 
 _log = logging.getLogger(__name__)
-Reply = tuple[Message, list[np.ndarray]]
 
 
 class ModelWorker:
@@ -54,8 +44,8 @@ class ModelWorker:
         self._settings = settings
         self._loads: dict[str, Message] = {}  # what every process is told to load, by key
         self._unloaded: dict[str, _Unloaded] = {}  # what a later process could not load again, by key
-        self._life: _Life | None = None
-        self._starting: asyncio.Task[_Life] | None = None
+        self._life: Life | None = None
+        self._starting: asyncio.Task[Life] | None = None
         self._failures, self._next_start, self._is_stopped = 0, 0.0, False
         self.num_starts = self.num_sketches = 0
         self.batches: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -132,14 +122,14 @@ class ModelWorker:
             await self._life.end()
             self._life = None
 
-    async def _with_loaded(self, key: str) -> _Life:
+    async def _with_loaded(self, key: str) -> Life:
         """The process, with what was loaded under this key."""
         life = await self._alive()
         if key in self._unloaded:
             await self._load_late(life, key)
         return life
 
-    async def _alive(self) -> _Life:
+    async def _alive(self) -> Life:
         """The process, started if there is none."""
         if self._life is not None:
             return self._life
@@ -152,8 +142,8 @@ class ModelWorker:
             self._starting = asyncio.create_task(self._start())
         return await asyncio.shield(self._starting)
 
-    async def _start(self) -> _Life:
-        life = await _Life.begin(self._settings)
+    async def _start(self) -> Life:
+        life = await Life.begin(self._settings)
         self.num_starts += 1
         try:
             for key in list(self._loads):
@@ -167,14 +157,14 @@ class ModelWorker:
         life.reading.add_done_callback(lambda _: self._on_end(life))
         return life
 
-    async def _load(self, life: _Life, key: str) -> None:
+    async def _load(self, life: Life, key: str) -> None:
         facts = self._loads[key] | {"batch_size": self._settings.batch_size}
         try:
             await life.request({"kind": "load", "key": key} | facts)
         except ValueError as error:
             raise LoadError(str(error)) from error
 
-    async def _load_again(self, life: _Life, key: str) -> None:
+    async def _load_again(self, life: Life, key: str) -> None:
         """In a later process; what can't be loaded is noted, and may be when its pause is over.
 
         Raises:
@@ -191,7 +181,7 @@ class ModelWorker:
         else:
             self._unloaded.pop(key, None)
 
-    async def _load_late(self, life: _Life, key: str) -> None:
+    async def _load_late(self, life: Life, key: str) -> None:
         """For a query, what could not be loaded when the process started."""
         if time.monotonic() >= self._unloaded[key].next_load:
             await self._load_again(life, key)
@@ -203,7 +193,7 @@ class ModelWorker:
             )
         _log.info("the model of %s is loaded again", key)
 
-    def _on_end(self, life: _Life) -> None:
+    def _on_end(self, life: Life) -> None:
         """The process died, unless this server ended it."""
         if self._life is not life or self._is_stopped:
             return
@@ -238,102 +228,10 @@ class _Unloaded:
     next_load: float
 
 
-class _Life:
-    """One process, from its start to its end.
-
-    Attributes:
-        process: it.
-        reading: done when it has closed its end of the socket, which it does only by ending.
-        held: as of `ModelWorker`.
-    """
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self.process, self._reader, self._writer = process, reader, writer
-        self._pending: dict[int, asyncio.Future[Reply]] = {}
-        self._ids = count()
-        self.held = (0, 0)
-        self.reading = asyncio.create_task(self._read())
-
-    @classmethod
-    async def begin(cls, settings: Settings) -> _Life:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            facts = {"descriptor": theirs.fileno(), **settings.model_dump(include=OF_PROCESS)}
-            # A fresh interpreter, not a fork: what runs threads, as torch and gRPC do, hangs in a forked child.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "loopsway.service.model_process", json.dumps(facts)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a task prints is for the log
-            )
-        return cls(process, *await asyncio.open_connection(sock=ours))
-
-    def tell(self, message: Message, arrays: Sequence[np.ndarray] = ()) -> int:
-        """Sends a message, unless the process died; gives its id."""
-        number = next(self._ids)
-        if not self.reading.done():
-            self._writer.write(encoded(message | {"id": number}, arrays))
-        return number
-
-    async def request(self, message: Message, arrays: Sequence[np.ndarray] = ()) -> Reply:
-        if self.reading.done():
-            raise _died(self.process)
-        number = self.tell(message, arrays)
-        future = self._pending[number] = asyncio.get_running_loop().create_future()
-        try:
-            reply, found = await future
-        except asyncio.CancelledError:
-            self.tell({"kind": "cancel", "of": number})
-            raise
-        finally:
-            del self._pending[number]
-        match reply.get("error"):
-            case None:
-                return reply, found
-            case "invalid":
-                raise ValueError(reply["text"])
-            case "task":
-                raise TaskError(reply["text"])
-            case _:
-                raise RuntimeError(f"in the model's process: {reply['text']}")
-
-    async def end(self) -> None:
-        """Closes the socket, which ends the process, and waits for it."""
-        self._writer.close()
-        try:
-            await asyncio.to_thread(self.process.wait, END_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
-        await asyncio.wait([self.reading])
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-                reply, arrays = decoded(await self._reader.readexactly(length))
-                self.held = (reply["held_checkpoints"], reply["held_bytes"])
-                future = self._pending.get(reply["id"])
-                if future is not None and not future.done():
-                    future.set_result((reply, arrays))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            for future in self._pending.values():
-                if not future.done():
-                    future.set_exception(_died(self.process))
-
-
 def _pause(failures: int) -> float:
     return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 100), LONGEST_PAUSE_S)  # a year of failures is no overflow
 
 
-def _died(process: subprocess.Popen[Any]) -> UnavailableError:
-    return UnavailableError(f"the model's process {process.pid} died; it is started again", retry_after_s=1.0)
-
-
-def _note(starting: asyncio.Task[_Life]) -> None:
+def _note(starting: asyncio.Task[Life]) -> None:
     if not starting.cancelled() and (error := starting.exception()) is not None:
         _log.error("the model's process could not be started again: %s", error)
