@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from loopsway.indexer import Index
 from loopsway.v1 import attribution_pb2 as pb
 from loopsway.v1.tensors import to_tensor
-from serving import QUERIES, Served
+from serving import QUERIES, Served, wait_for
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 PRECONDITION, EXHAUSTED = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -182,6 +184,39 @@ def test_an_oversized_message_is_refused_before_it_is_read(serve: Callable[..., 
     code, _, said = refusal(lambda: served.stub.FindInfluences(request))
     assert code == EXHAUSTED
     assert "larger than max" in said
+
+
+def test_of_requests_that_do_not_arrive_so_many_are_waited_for_and_more_refused_unread(
+    serve: Callable[..., Served], index: Index
+) -> None:
+    served, ended = serve(max_arriving=2), threading.Event()
+    request = pb.FindInfluencesRequest(queries=[sketch(VALUES, index.fingerprint)])
+
+    def never() -> Iterator[bytes]:
+        ended.wait(60)
+        yield from ()
+
+    with grpc.insecure_channel(served.target) as channel:
+        headers_only = channel.stream_unary("/loopsway.v1.Attribution/FindInfluences")
+        halting = [headers_only.future(never(), timeout=60) for _ in range(2)]
+
+        def is_crowded() -> bool:
+            try:
+                served.stub.FindInfluences(request)
+            except grpc.RpcError as error:
+                call: Any = error
+                assert call.code() is EXHAUSTED
+                assert "2 requests are arriving, expected at most 2 at once; ask again later" in call.details()
+                return True
+            return False
+
+        wait_for(is_crowded)
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        halting[0].cancel()
+        wait_for(lambda: not is_crowded())
+        halting[1].cancel()
+        ended.set()
 
 
 def test_an_answer_that_would_be_oversized_is_refused_with_the_remedy(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import grpc
@@ -10,7 +10,7 @@ import grpc.aio
 
 from .errors import ForbiddenError, RequestError
 from .record import note
-from .refusals import refuse
+from .refusals import refusing_handler
 from .tokens import CALLER, Caller, Scope, Tokens
 
 ATTRIBUTION = "/loopsway.v1.Attribution/"
@@ -56,7 +56,7 @@ class Authentication(grpc.aio.ServerInterceptor):
             if scope is None:
                 raise ForbiddenError("this server has no scope for the method, and lets nobody call it")
         except RequestError as error:
-            return _refusing(error)
+            return refusing_handler(error)
         CALLER.set(Caller(bucket=bucket, scope=scope))  # the handler runs in this same task
         note(token=bucket.token.name)
         return await continuation(handler_call_details)
@@ -69,12 +69,3 @@ def _bearer(metadata: Any) -> str | None:
             kind, _, token = value.partition(" ")
             return token.strip() if kind.lower() == "bearer" else None
     return None
-
-
-def _refusing(error: RequestError) -> Any:
-    """A handler that refuses any call, and reads nothing of it."""
-
-    async def handle(_requests: AsyncIterator[bytes], context: Any) -> None:
-        await refuse(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(handle)

@@ -1,10 +1,12 @@
 """Bytes from the network to request messages: what is none, or holds too much, is refused before the servicer sees it.
 
-A stream's messages are checked by the servicer, which can refuse one of them alone.
+A stream's messages are checked by the servicer, which can refuse one of them alone. Of a server that can't keep up more
+is refused here, unread: else all that is asked would wait for messages that come in small pieces.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,11 +17,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from .errors import InvalidFieldError, RequestError
+from .authentication import SCOPES
+from .errors import InvalidFieldError, QueueFullError, RequestError
 from .handlers import MOST_HANDLERS, wrapped
 from .limits import check_limits
 from .record import RECORD
-from .refusals import refuse, refuse_as_internal
+from .refusals import refuse, refuse_as_internal, refusing_handler
 from .settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class Reception(grpc.aio.ServerInterceptor):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._arriving = set[asyncio.Task[Any]]()  # of requests whose message is on its way
         self._receiving = lru_cache(MOST_HANDLERS)(self._receiving_anew)
 
     async def intercept_service(
@@ -40,13 +44,30 @@ class Reception(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler
+        # The context's own type says less than gRPC gives.
+        details: Any = handler_call_details
+        if not handler.request_streaming and SCOPES.get(details.method) != "open":
+            if len(self._arriving) >= self._settings.max_arriving:
+                return refusing_handler(self._crowded())
+            task = asyncio.current_task()
+            assert task is not None, "gRPC answers each request in a task of its own"
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)  # one that ends before its message is here
         return self._receiving(handler)
 
     def _receiving_anew(self, handler: Any) -> Any:
         receive = self._messages if handler.request_streaming else self._message
         return wrapped(handler, _refusing, received=partial(receive, parse=handler.request_deserializer))
 
+    def _crowded(self) -> QueueFullError:
+        return QueueFullError(
+            f"{len(self._arriving)} requests are arriving, expected at most {self._settings.max_arriving} at once; ask "
+            "again later",
+            retry_after_s=self._settings.retry_after_s,
+        )
+
     async def _message(self, data: bytes, parse: Callable[[bytes], Message]) -> Message:
+        self._arriving.discard(asyncio.current_task())  # pyright: ignore[reportArgumentType]  # None is in no set
         message = _parsed(data, parse)
         check_limits(message, self._settings)
         return message

@@ -8,7 +8,7 @@ is ours: INTERNAL, logged, nothing of it in the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -124,3 +124,12 @@ def shortened(text: str) -> str:
     data = text.encode("utf-8", "replace")
     cut = data[:MAX_TEXT_BYTES].decode("utf-8", "ignore")  # what JSON brought may hold halves of surrogate pairs
     return cut if len(data) <= MAX_TEXT_BYTES else cut + "..."
+
+
+def refusing_handler(error: RequestError) -> Any:
+    """A handler that refuses any call, and reads nothing of it."""
+
+    async def handle(_requests: AsyncIterator[bytes], context: Any) -> None:
+        await refuse(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(handle)

@@ -142,8 +142,9 @@ class Settings(BaseSettings):
         reload_poll_s: how often each index is looked at for a new generation. 0: on SIGHUP alone.
         search_threads: searches of one index that may run at once.
         receive_window_bytes: of a request or stream, what gRPC takes in before the server reads it, and what a stream
-            gets in a round trip. A sketch that is larger comes later by a round trip for each window; up to 4,000
-            unread requests hold one. Raise it for gradients from far away.
+            gets in a round trip. A sketch that is larger comes later by a round trip for each window; each of
+            `max_arriving` requests may hold one. Raise it for gradients from far away.
+        max_arriving: requests, streams apart, whose message is on its way; more are told to come back, unread.
         max_connection_age_s: after so long a connection takes no new requests, and ends with those that run on it,
             streams included; its client connects anew, and finds replicas that have come meanwhile.
         grace_s: seconds that running requests get to finish on shutdown.
@@ -195,6 +196,7 @@ class Settings(BaseSettings):
     reload_poll_s: Seconds = 5.0
     search_threads: Positive = 2
     receive_window_bytes: ReceiveWindow = 512 << 10
+    max_arriving: Positive = 256
     max_connection_age_s: ConnectionAge = 1800.0
     grace_s: Seconds = 10.0
     log_format: LogFormat = "text"
