@@ -10,9 +10,9 @@ import torch
 
 from loopsway.indexer.config import BITS
 from loopsway.indexer.search.coded_queries import MORE_PLANES, PLANES, code_queries
-from loopsway.indexer.search.planes import bit_planes
 from loopsway.indexer.sketches.coding import decode, encode
 
+from .test_compiled import bit_planes
 from .test_scan import NO_PAIRS, PAIRS, force
 
 COUNT = 1500  # rows: more than a tile

@@ -12,13 +12,21 @@ from loopsway.indexer.compiled import compiled
 from loopsway.indexer.search.inner_loops import group_peaks, reaching, rescale, round_to_bfloat16, strongest, take_in
 from loopsway.indexer.search.planes import (
     EXACT,
-    bit_planes,
     coarse_planes,
     exact_planes,
     sign_sums,
     write_own_products,
+    write_planes,
     write_products,
 )
+
+
+def bit_planes(cells: np.ndarray, count: int) -> np.ndarray:
+    """Packed bits, uint8 [M, count, W / 8], of cells int32 [M, W], the lowest first."""
+    planes, room = np.empty((len(cells), count, cells.shape[1] // 8), np.uint8), np.empty(cells.shape[1], np.uint8)
+    for own, written in zip(cells, planes, strict=True):
+        write_planes(own, room, written)
+    return planes
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

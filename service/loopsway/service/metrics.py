@@ -7,8 +7,9 @@ is looked up when somebody asks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
@@ -33,6 +34,8 @@ from .version import server_version
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # examples
 
+_Metric = TypeVar("_Metric", Counter, Histogram)
+
 
 class Metrics:
     """The metrics of one server.
@@ -48,43 +51,32 @@ class Metrics:
     def __init__(self, catalog: Catalog) -> None:
         self.registry = registry = CollectorRegistry()
         self.in_flight = Gauge("loopsway_requests_in_flight", "Requests that run or wait.", registry=registry)
-        labels = ("index", "method", "code")
-        # Each gives what counts for its labels, which is looked up but once.
-        self._requests = cache(
-            Counter("loopsway_requests", "Requests that came to their end.", labels, registry=registry).labels
+
+        def by_labels(
+            kind: type[_Metric], name: str, text: str, *labels: str, **options: Any
+        ) -> Callable[..., _Metric]:
+            """A metric: gives what counts for some labels, which is looked up but once."""
+            return cache(kind(name, text, labels, registry=registry, **options).labels)
+
+        ended = ("index", "method", "code")
+        self._requests = by_labels(Counter, "loopsway_requests", "Requests that came to their end.", *ended)
+        self._seconds = by_labels(
+            Histogram, "loopsway_request_seconds", "From a request's arrival to its encoded answer.", *ended,
+            buckets=BUCKETS,
+        )  # fmt: skip
+        self._parts = by_labels(
+            Histogram, "loopsway_part_seconds",
+            "Parts of requests: waiting (queue), the model (sketch), the index (search), making the answer (encode).",
+            "index", "method", "part", buckets=BUCKETS,
+        )  # fmt: skip
+        self._batches = by_labels(
+            Counter, "loopsway_batches", "Batches of StreamInfluences that came to their end.", "index", "code"
         )
-        self._seconds = cache(
-            Histogram(
-                "loopsway_request_seconds", "From a request's arrival to its encoded answer.", labels,
-                buckets=BUCKETS, registry=registry,
-            ).labels
-        )  # fmt: skip
-        self._parts = cache(
-            Histogram(
-                "loopsway_part_seconds",
-                "Parts of requests: waiting (queue), the model (sketch), the index (search), making the answer "
-                "(encode).",
-                ("index", "method", "part"), buckets=BUCKETS, registry=registry,
-            ).labels
-        )  # fmt: skip
-        self._batches = cache(
-            Counter(
-                "loopsway_batches", "Batches of StreamInfluences that came to their end.", ("index", "code"),
-                registry=registry,
-            ).labels
-        )  # fmt: skip
-        self._queries = cache(
-            Counter(
-                "loopsway_queries", "Queries, or examples that were asked about.", ("index", "method"),
-                registry=registry,
-            ).labels
-        )  # fmt: skip
-        self._request_bytes = cache(
-            Counter("loopsway_request_bytes", "Bytes of requests' messages.", ("method",), registry=registry).labels
+        self._queries = by_labels(
+            Counter, "loopsway_queries", "Queries, or examples that were asked about.", "index", "method"
         )
-        self._response_bytes = cache(
-            Counter("loopsway_response_bytes", "Bytes of answers' messages.", ("method",), registry=registry).labels
-        )
+        self._request_bytes = by_labels(Counter, "loopsway_request_bytes", "Bytes of requests' messages.", "method")
+        self._response_bytes = by_labels(Counter, "loopsway_response_bytes", "Bytes of answers' messages.", "method")
         registry.register(_State(catalog))
         for kind in (ProcessCollector, PlatformCollector, GCCollector):
             kind(registry=registry)

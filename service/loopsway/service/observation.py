@@ -68,7 +68,7 @@ class Observation(grpc.aio.ServerInterceptor):
         return self._observing(handler, SCOPES.get(details.method) == "open")
 
     def _observing_anew(self, handler: Any, is_watched: bool) -> Any:
-        """A handler that is observed; others are watched by probes, every few seconds."""
+        """The handler, observed; of what `is_watched` by probes, every few seconds, a line is told to debug alone."""
         around = partial(self._observed, is_watched=is_watched)
         return wrapped(handler, around, serializer=_noting(handler.response_serializer))
 

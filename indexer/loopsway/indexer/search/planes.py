@@ -65,13 +65,6 @@ def exact_planes(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return planes, units
 
 
-def bit_planes(cells: np.ndarray, count: int) -> np.ndarray:
-    """Packed bits, uint8 [M, count, W / 8], of cells int32 [M, W], the lowest first."""
-    planes = np.empty((len(cells), count, cells.shape[1] // 8), np.uint8)
-    _write_all_planes(cells, planes)
-    return planes
-
-
 def write_products(
     codes: np.ndarray, planes: np.ndarray, scale: np.ndarray, factors: np.ndarray, out: np.ndarray
 ) -> None:
@@ -129,7 +122,7 @@ def _peak(values: np.ndarray) -> float:
 
 
 @compiled
-def _write_planes(cells: np.ndarray, parts: np.ndarray, planes: np.ndarray) -> None:
+def write_planes(cells: np.ndarray, parts: np.ndarray, planes: np.ndarray) -> None:
     """Writes the planes [P, W / 8] of cells int32 [W]; `parts`, uint8 [W], is room to work in.
 
     Eight bits of eight cells are one word, whose transpose holds a byte of each of eight planes.
@@ -153,13 +146,6 @@ def _write_planes(cells: np.ndarray, parts: np.ndarray, planes: np.ndarray) -> N
 
 
 @compiled
-def _write_all_planes(cells: np.ndarray, planes: np.ndarray) -> None:
-    parts = np.empty(cells.shape[1], np.uint8)
-    for query in range(len(cells)):
-        _write_planes(cells[query], parts, planes[query])
-
-
-@compiled
 def _code_exactly(queries: np.ndarray, planes: np.ndarray, units: np.ndarray) -> None:
     width, half = queries.shape[1], 1 << (planes.shape[1] - 1)
     cells, parts = np.empty(width, np.int32), np.empty(width, np.uint8)
@@ -169,7 +155,7 @@ def _code_exactly(queries: np.ndarray, planes: np.ndarray, units: np.ndarray) ->
         times = (half - 1) / peak
         for place in range(width):
             cells[place] = np.int32(np.floor(values[place] * times + 0.5)) + np.int32(half)
-        _write_planes(cells, parts, planes[query])
+        write_planes(cells, parts, planes[query])
         units[query] = peak / (2 * (half - 1))
 
 
@@ -206,7 +192,7 @@ def _code_coarsely(
         scale[query] = square / along if along > 0 else 0.0
         by, lengths[query] = np.float64(scale[query]), math.sqrt(square)
         rests[query] = math.sqrt(max(0.0, square - 2 * by * along + by * by * levels))
-        _write_planes(cells, parts, planes[query])
+        write_planes(cells, parts, planes[query])
 
 
 @compiled
@@ -239,16 +225,24 @@ def _write_products(
 
 
 @compiled
+def _sign_sum(words: np.ndarray) -> np.int64:
+    """The sum of a row of sign codes."""
+    ones = np.uint64(0)
+    for place in range(len(words)):
+        ones += popcount(np.uint64(words[place]))
+    return 2 * np.int64(ones) - len(words) * 8 * words.itemsize
+
+
+@compiled
 def _write_own_products(
     codes: np.ndarray, whose: np.ndarray, planes: np.ndarray, units: np.ndarray, out: np.ndarray
 ) -> None:
     num_planes, one = planes.shape[1], np.uint64(1)
     two, three, four = np.uint64(2), np.uint64(3), np.uint64(TOGETHER)
-    num_bits = codes.shape[1] * 8 * codes.itemsize
-    most = ((1 << num_planes) - 1) * num_bits
+    most = ((1 << num_planes) - 1) * codes.shape[1] * 8 * codes.itemsize
     for row in range(len(codes)):
         first, query = codes[row], whose[row]
-        here = ones = np.uint64(0)
+        here = np.uint64(0)
         for plane in range(num_planes - TOGETHER, -1, -TOGETHER):
             own = planes[query, plane : plane + TOGETHER]
             a = np.uint64(0)
@@ -258,17 +252,11 @@ def _write_own_products(
                 a += popcount(x ^ p) + (popcount(x ^ q) << one)
                 a += (popcount(x ^ r) << two) + (popcount(x ^ s) << three)
             here = (here << four) + a
-        for word in range(len(first)):
-            ones += popcount(np.uint64(first[word]))
         # Levels are odd; with the signs' own sum taken off, they are 2 (cell - half).
-        out[row] = (most - 2 * np.int64(here) - (2 * np.int64(ones) - num_bits)) * units[query]
+        out[row] = (most - 2 * np.int64(here) - _sign_sum(first)) * units[query]
 
 
 @compiled
 def _write_sign_sums(codes: np.ndarray, out: np.ndarray) -> None:
-    num_bits = codes.shape[1] * 8 * codes.itemsize
     for row in range(len(codes)):
-        own, ones = codes[row], np.uint64(0)
-        for word in range(len(own)):
-            ones += popcount(np.uint64(own[word]))
-        out[row] = 2 * np.int64(ones) - num_bits
+        out[row] = _sign_sum(codes[row])
